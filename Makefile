@@ -1,0 +1,33 @@
+# make test    lint, then every test; without a GPU the kernels run in Triton's interpreter
+# make bench   the benchmark
+# make lint    ruff and mypy
+# make clean   remove the virtual environment and everything built
+# Needs Python >= 3.10 with venv, git and make; the rest is installed into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: test bench lint clean
+
+test: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest -n 2 -q
+
+bench: .venv/.stamp
+	$(BIN)/python -m bench
+
+lint: .venv/.stamp
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# torch first and at exactly the tested version, so that nothing later chooses another one
+.venv/.stamp: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -r constraints.txt
+	$(BIN)/pip install -q -c constraints.txt -e '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find normops kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,33 @@
+"""Device code of normops: hand-written Triton kernels, imported as ``normops.kernels``.
+
+Every normalisation is one formula; only the axes that are averaged over differ:
+
+    mean = 1/|R| * sum_R x        rstd = 1/sqrt(1/|R| * sum_R (x - mean)^2 + eps)     (RMS: mean = 0)
+    xhat = (x - mean) * rstd      y = act(xhat * w + b + post)
+
+An axis of x is kept (K) or reduced (R), and the affine parameters vary along it (a) or not.  Sorted
+into those four kinds, the index of an element is four coordinates:
+
+    m  kept                the rows of a LayerNorm, the samples of an InstanceNorm
+    c  kept, affine        the channels of a BatchNorm, the groups of a GroupNorm
+    a  reduced, affine     the features of a LayerNorm, the channels inside a group of a GroupNorm
+    s  reduced             the pixels of a BatchNorm, InstanceNorm or GroupNorm
+
+so mean and rstd are indexed by (m, c), w and b by (c, a), and no kernel is named after a norm.
+
+Grammar.  ``SPACE`` is the sizes of the four coordinates, each a tuple of runs from the outermost to the
+innermost in memory; the one size written 0 there is the run-time argument ``N0`` (the batch, usually), so
+that a new batch size compiles nothing.  A capital letter or word for an operand (``X``, ``W``, ``STAT``) is
+its strides in the same shape, ``()`` where it does not vary.  A tile is [BLOCK_K, BLOCK_A, BLOCK_S]; its
+first axis runs along m or along c (``ALONG_M``), whichever lies further inside.  ``mk``, ``ma``, ``ms``
+are masks, ``*_ptr`` pointers, None where the operand is absent.
+
+    forward.py    normalize (a whole group on chip) · statistics · apply
+    backward.py   grad_normalize (a whole group on chip, or given its sums) · grad_statistics · grad_apply
+    finish.py     finish_statistics · finish_group · finish_affine: partial results, in index order
+    tile.py  moments.py  epilogue.py  activations.py: the pieces they share
+"""
+
+if __name__ != "normops.kernels":
+    # `kernels` at the top level is the import name of another distribution (Hugging Face's).
+    raise ImportError("this folder is the package normops.kernels: import it by that name")

@@ -1,0 +1,8 @@
+"""normops: one normalisation over any axis group, as hand-written Triton kernels, forward and backward."""
+
+__version__ = "0.1.0"
+
+from . import activations, functional, nn
+from .functional import normalize
+
+__all__ = ["__version__", "activations", "functional", "nn", "normalize"]

@@ -1,0 +1,170 @@
+"""Which engine, which tile: the only file with tuned numbers, and all of it pure functions of facts.
+
+Nothing here was timed yet: each number stands with the reason it starts from (register counts come from compiling
+the kernels for sm_80, sm_90 and sm_100).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from .layout import Layout
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The facts a schedule depends on."""
+
+    name: str
+    num_sms: int
+    capability: tuple[int, int]
+
+
+A100 = Device("a100", 108, (8, 0))
+H200 = Device("h200", 132, (9, 0))
+B200 = Device("b200", 148, (10, 0))
+KNOWN = {device.name: device for device in (A100, H200, B200)}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of tiles in elements of 4 accumulator bytes (half as many for fp64)."""
+
+    # One program of 16 warps holds 32k fp32 values in 128 registers a thread without spilling.
+    forward: int = 32768
+    # x, dy and what is made of them live at once.
+    backward: int = 16384
+    # As above, and dw and db of every element too.
+    backward_affine: int = 8192
+    # 8 KB of bf16 per program: several programs per SM keep enough loads in flight.
+    tile: int = 4096
+    grad_tile: int = 2048
+    # Partial results per group: more would make the finish a single slow program.
+    chunks: int = 256
+    # A tile should cover a whole 128-byte line along the innermost axis: narrower reads waste DRAM bursts.
+    line_bytes: int = 128
+    # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
+    warps_per_sm: int = 16
+
+
+_limits = Limits()
+
+
+def limits() -> Limits:
+    return _limits
+
+
+@contextmanager
+def forced(**changes: int) -> Iterator[None]:
+    """Change limits inside a with-block; ``forced(forward=0, backward=0, backward_affine=0)`` splits every group."""
+    global _limits
+    before, _limits = _limits, replace(_limits, **changes)
+    try:
+        yield
+    finally:
+        _limits = before
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    along_m: bool
+    k: int
+    a: int
+    s: int
+    warps: int
+
+    @property
+    def elements(self) -> int:
+        return self.k * self.a * self.s
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def along_m(layout: Layout) -> bool:
+    """A tile runs along the kept coordinate that lies further inside."""
+    kept = [letter for letter in layout.letters if letter in "mc"]
+    return not kept or kept[-1] == "m"
+
+
+def _bound(layout: Layout, letter: str) -> int:
+    """How far a block may grow along a kept coordinate; the batch sets no bound, for it compiles nothing."""
+    if 0 in layout.sizes(letter):
+        return 1 << 30
+    return next_power_of_2(layout.extent(letter))
+
+
+def _line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
+    """Groups side by side that a tile needs to cover a line of memory."""
+    if not layout.runs:
+        return 1
+    inner = layout.runs[-1]
+    line = line_bytes // itemsize
+    if not inner.reduced:
+        return line
+    if len(layout.runs) > 2 and not layout.runs[-2].reduced and inner.size < line:
+        return next_power_of_2(-(-line // inner.size))
+    return 1
+
+
+def warps(elements: int, per_warp: int) -> int:
+    return max(1, min(16, elements // per_warp))
+
+
+def whole_groups(layout: Layout, itemsize: int, acc_bytes: int, limit: int, pack: int, per_warp: int) -> Tile | None:
+    """A tile of whole groups, or None if they do not fit.  It does not depend on the batch: neither do a row's bits."""
+    limit, pack = limit * 4 // acc_bytes, pack * 4 // acc_bytes
+    m = along_m(layout)
+    bound = _bound(layout, "m" if m else "c")
+    a, s = next_power_of_2(layout.extent("a")), next_power_of_2(layout.extent("s"))
+    k = min(bound, _line_groups(layout, itemsize, limits().line_bytes))
+    narrow = min(k, max(1, k // 2))
+    while k > narrow and k * a * s > limit:
+        k //= 2
+    if k * a * s > limit:
+        return None
+    while k < bound and 2 * k * a * s <= pack:
+        k *= 2
+    return Tile(m, k, a, s, warps(k * a * s * acc_bytes // 4, per_warp))
+
+
+def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_warp: int, blocked_s: bool = True) -> Tile:
+    """A tile that walks through memory: filled from the innermost axis outwards."""
+    elements = elements * 4 // acc_bytes
+    m = along_m(layout)
+    letter = "m" if m else "c"
+    block = {"k": 1, "a": 1, "s": 1}
+    room = elements
+    first = _line_groups(layout, itemsize, limits().line_bytes)
+    bound = {"k": _bound(layout, letter), **{x: next_power_of_2(layout.extent(x)) for x in "as"}}
+    order = list(dict.fromkeys("k" if x == letter else x for x in reversed(layout.letters) if x == letter or x in "as"))
+    for axis in order:
+        want = first if axis == "k" else bound[axis]
+        block[axis] = max(1, min(bound[axis], room, want))
+        room //= block[axis]
+    if room > 1 and "k" in order:
+        block["k"] *= min(room, max(1, bound["k"] // block["k"]))
+    total = block["k"] * block["a"] * block["s"]
+    return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
+
+
+def steps(layout: Layout, tile: Tile) -> int:
+    """Tiles along s that one program of a statistics kernel adds up; a function of the group alone."""
+    tiles = -(-layout.extent("s") // tile.s)
+    blocks_a = -(-layout.extent("a") // tile.a)
+    return max(1, -(-tiles * blocks_a // limits().chunks))
+
+
+def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
+    """(programs that share the walk over m, rows of each): as many programs as the device runs at once."""
+    rows_at_once = tile.k if tile.along_m else 1
+    blocks = -(-layout.extent("a") // tile.a) * (1 if tile.along_m else -(-layout.extent("c") // tile.k))
+    if tile.along_m:
+        blocks *= layout.extent("c")
+    wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // blocks)
+    steps_m = -(-layout.extent("m") // rows_at_once)
+    rows = -(-steps_m // min(wanted, steps_m)) * rows_at_once
+    return -(-layout.extent("m") // rows), rows

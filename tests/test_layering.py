@@ -1,0 +1,108 @@
+"""The architecture, read from the source:  nn → functional → autograd → launch → { schedule → layout , kernels }.
+
+A module imports only what stands to its right.  Imports inside functions count too.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# From right to left; a module may import modules of the rows above its own.
+LAYERS = (
+    {"kernels", "layout", "pattern"},
+    {"schedule", "activations"},
+    {"reference", "launch"},
+    {"autograd"},
+    {"functional"},
+    {"nn", "explain", "distributed"},
+    {"convert"},
+    {"__init__"},
+)
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+# Where less than the order allows is allowed: everything but the standard library that a module may import.
+ONLY = {
+    "layout": set(),
+    "pattern": set(),
+    "schedule": {".layout"},
+    "reference": {"torch", ".activations", ".layout", ".pattern"},
+    "launch": {"torch", "triton", ".layout", ".schedule", ".kernels"},
+}
+
+NORMS = ("batch_norm", "layer_norm", "instance_norm", "group_norm", "rms_norm")
+SPELLINGS = NORMS + tuple(norm.replace("_", "") for norm in NORMS)
+
+MODULES = sorted(p for p in (ROOT / "normops").rglob("*.py") if "kernels" not in p.relative_to(ROOT / "normops").parts)
+KERNELS = sorted((ROOT / "kernels").glob("*.py"))
+
+
+def layer(path: Path) -> str:
+    """The name of a module of normops, or of the subpackage that it belongs to."""
+    return path.relative_to(ROOT / "normops").with_suffix("").parts[0]
+
+
+def absolute(path: Path, node: ast.ImportFrom) -> str:
+    """The dotted name that `from … import` starts from."""
+    if not node.level:
+        return node.module or ""
+    package = ("normops", *path.relative_to(ROOT / "normops").parent.parts)
+    base = package[: len(package) - node.level + 1]
+    return ".".join((*base, node.module) if node.module else base)
+
+
+def imports(path: Path) -> set[str]:
+    """Names of top-level packages; modules of normops as `.name`."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            source = absolute(path, node)
+            found |= {f"normops.{alias.name}" for alias in node.names} if source == "normops" else {source}
+    return {f".{name.split('.')[1]}" if name.startswith("normops.") else name.split(".")[0] for name in found}
+
+
+def outside(found: set[str]) -> set[str]:
+    return {name for name in found if name not in sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_modules_import_only_to_their_right(path: Path) -> None:
+    name = layer(path)
+    assert name in RANK, f"{name} has no place in the layers: give it one in LAYERS"
+    found = outside(imports(path)) - {f".{name}"}
+    assert "normops" not in found, "import the module that is meant, not the package"
+    unknown = {n for n in found if n.startswith(".") and n[1:] not in RANK}
+    assert not unknown, f"{name} imports {sorted(unknown)}, which have no place in LAYERS"
+    left = {n for n in found if n.startswith(".") and RANK[n[1:]] >= RANK[name]}
+    assert not left, f"{name} imports {sorted(left)}, not to its right"
+    if name in ONLY:
+        assert found <= ONLY[name], f"{name} imports {sorted(found - ONLY[name])}"
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_kernels_import_only_triton_and_siblings(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[0] == "triton" for alias in node.names), ast.unparse(node)
+        elif isinstance(node, ast.ImportFrom):
+            sibling = node.level == 1
+            assert sibling or (node.level == 0 and (node.module or "").split(".")[0] == "triton"), ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_kernel_is_named_after_a_norm(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = [path.stem] + [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
+    named = [name for name in names if any(norm in name.lower() for norm in SPELLINGS)]
+    assert not named, f"named after a norm: {named}"
+
+
+def test_something_was_read() -> None:
+    assert MODULES and KERNELS
