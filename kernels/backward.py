@@ -10,7 +10,7 @@ import triton.language as tl
 from .epilogue import affine, read_gradient, write_gradient
 from .forward import chunk_of
 from .moments import count
-from .tile import extent, kept, kept_block, load, offsets, reduced_a, reduced_s, store, total, widened
+from .tile import extent, kept, kept_block, load, offsets, reduced_a, reduced_s, store, widened
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE: tl.constexpr, STAT: tl.constexpr
     return c1, c0
 
 
-@triton.jit(do_not_specialize=["N0", "rows"])
+@triton.jit(do_not_specialize=["N0", "steps"])
 def grad_normalize(
     x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean_ptr, rstd_ptr, c1_ptr, c0_ptr, dsum_ptr,
     dx_ptr, dpost_ptr, dw_ptr, db_ptr,
-    N0, rows,
+    N0, steps,
     SPACE: tl.constexpr, X: tl.constexpr, DY: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, DSUM: tl.constexpr,
     DX: tl.constexpr, DPOST: tl.constexpr, STAT: tl.constexpr, CENTER: tl.constexpr, ACT_GRAD: tl.constexpr,
     ACC: tl.constexpr, DIRECT: tl.constexpr,
@@ -46,33 +46,32 @@ def grad_normalize(
 ):  # fmt: skip
     """x, dy[m, c, a, s] -> dx[m, c, a, s], dw, db[part, c, a] (DIRECT: dw, db[c, a]): one read of x and dy.
 
-    A program walks over `rows` values of m for one c (or block of c) and one block of a, the whole of s on chip, and
+    A program walks over m in `steps` blocks for one c (or block of c) and one block of a, the whole of s on chip, and
     adds up dw and db in registers.  c1 and c0 are formed on chip where the tile holds whole groups, else given.
     """
-    blocks_a = tl.cdiv(extent(SPACE[2], N0), BLOCK_A)
+    blocks_a = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A)
     i = tl.program_id(0)
     block_a = i % blocks_a
     i = i // blocks_a
     C_BLOCK: tl.constexpr = 1 if ALONG_M else BLOCK_K
-    blocks_c = tl.cdiv(extent(SPACE[1], N0), C_BLOCK)
+    blocks_c = tl.cdiv(extent(SPACE, 1, N0), C_BLOCK)
     c_start = widened(i % blocks_c, WIDE) * C_BLOCK
     part = widened(i // blocks_c, WIDE)
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     s, ms = reduced_s(0, SPACE, N0, BLOCK_S, WIDE)
-    n = count(extent(SPACE[2], N0), ACC) * count(extent(SPACE[3], N0), ACC)
+    n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
 
     if dw_ptr is not None:
         dw = tl.zeros((BLOCK_K, BLOCK_A, 1), ACC)
     if db_ptr is not None:
         db = tl.zeros((BLOCK_K, BLOCK_A, 1), ACC)
     M_STEP: tl.constexpr = BLOCK_K if ALONG_M else 1
-    for j in range(0, tl.cdiv(rows, M_STEP)):
-        m_start = part * rows + j * M_STEP
+    for j in range(0, steps):
+        m_start = (part * steps + j) * M_STEP
         m, c, mk = kept(m_start, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
-        if ALONG_M:
-            mk = mk & (m < (part + 1) * rows)
-        else:
-            mk = mk & (m < extent(SPACE[0], N0))
+        if not ALONG_M:
+            # As a block: the interpreter of Triton 3.9 takes no mask made of a block and a scalar.
+            mk = mk & (m + c * 0 < extent(SPACE, 0, N0))
         at = (m, c, a, s)
         mask = mk & ma & ms
         wmask = ma if ALONG_M else mk & ma
@@ -103,7 +102,7 @@ def grad_normalize(
     if DIRECT:
         o = offsets((0, c, a, 0), SPACE, W)
     else:
-        o = (part * extent(SPACE[1], N0) + c) * extent(SPACE[2], N0) + a
+        o = (part * extent(SPACE, 1, N0) + c) * extent(SPACE, 2, N0) + a
     mask = ma if ALONG_M else mk & ma
     if dw_ptr is not None:
         store(dw_ptr, o, tl.sum(dw, 0, keep_dims=True) if ALONG_M else dw, mask)
@@ -146,12 +145,12 @@ def grad_statistics(
         t1 += g * xhat
         t0 += g
 
-    groups = extent(SPACE[0], N0) * extent(SPACE[1], N0)
-    group = m * extent(SPACE[1], N0) + c
+    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
+    group = m * extent(SPACE, 1, N0) + c
     p1 = tl.sum(t1, 2, keep_dims=True)
     p0 = tl.sum(t0, 2, keep_dims=True)
     if PER_A:
-        o = (chunk_s * groups + group) * extent(SPACE[2], N0) + a
+        o = (chunk_s * groups + group) * extent(SPACE, 2, N0) + a
         mask = mk & ma
     else:
         o = (block_a * chunks_s + chunk_s) * groups + group

@@ -13,8 +13,8 @@ def chunk_size(
     p, chunks_s, steps, SPACE: tl.constexpr, N0, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr
 ):
     """Number of elements in chunk p of a group (0 past the last)."""
-    n_a = tl.minimum(tl.maximum(extent(SPACE[2], N0) - (p // chunks_s) * BLOCK_A, 0), BLOCK_A)
-    n_s = tl.minimum(extent(SPACE[3], N0) - (p % chunks_s) * (steps * BLOCK_S), steps * BLOCK_S)
+    n_a = tl.minimum(tl.maximum(extent(SPACE, 2, N0) - (p // chunks_s) * BLOCK_A, 0), BLOCK_A)
+    n_s = tl.minimum(extent(SPACE, 3, N0) - (p % chunks_s) * (steps * BLOCK_S), steps * BLOCK_S)
     return n_a.to(ACC) * n_s.to(ACC)
 
 
@@ -31,8 +31,8 @@ def finish_statistics(
     """
     m, c, mk = kept_block(tl.program_id(0), SPACE, N0, ALONG_M, BLOCK_K, WIDE)
     o = offsets((m, c, 0, 0), SPACE, STAT)
-    groups = extent(SPACE[0], N0) * extent(SPACE[1], N0)
-    n = count(extent(SPACE[2], N0), ACC) * count(extent(SPACE[3], N0), ACC)
+    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
+    n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
     p = tl.arange(0, BLOCK_P)[None, None, :]
 
     mean = 0.0
@@ -53,7 +53,7 @@ def finish_statistics(
             t += d * d * chunk_size(i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
     finish_moments(
         mean, tl.sum(t, 2, keep_dims=True) / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-        eps, momentum, SPACE, STAT, ACC,
+        N0, eps, momentum, SPACE, STAT, ACC,
     )  # fmt: skip
 
 
@@ -61,20 +61,20 @@ def finish_statistics(
 def finish_group(
     p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr,
     N0, chunks,
-    SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr, N_A: tl.constexpr, N_S: tl.constexpr,
+    SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr,
     ACC: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|"""
     m, c, mk = kept_block(tl.program_id(0), SPACE, N0, ALONG_M, BLOCK_K, WIDE)
     o = offsets((m, c, 0, 0), SPACE, STAT)
-    groups = extent(SPACE[0], N0) * extent(SPACE[1], N0)
-    n = count(extent(N_A, N0), ACC) * count(extent(N_S, N0), ACC)
+    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
+    n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
     t1 = tl.zeros((BLOCK_K, BLOCK_P, 1), ACC)
     t0 = tl.zeros((BLOCK_K, BLOCK_P, 1), ACC)
     for i in range(0, chunks * A, BLOCK_P):
         j = (i + tl.arange(0, BLOCK_P))[None, :, None]
         mask = mk & (j < chunks * A)
-        q = ((j // A) * groups + m * extent(SPACE[1], N0) + c) * A + j % A
+        q = ((j // A) * groups + m * extent(SPACE, 1, N0) + c) * A + j % A
         v = 1.0
         if w_ptr is not None:
             v = tl.load(w_ptr + offsets((m, c, j % A, 0), SPACE, W), mask=mask, other=0.0).to(ACC)
@@ -94,9 +94,9 @@ def finish_affine(
 ):  # fmt: skip
     """p1, p0[row, c, a] -> dw, db[c, a] = sum over rows, each tile [BLOCK_J, BLOCK_I] of (row, (c, a))."""
     i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
-    n_a = extent(SPACE[2], N0)
-    columns = extent(SPACE[1], N0) * n_a
-    o = offset(i // n_a, SPACE[1], W[1]) + offset(i % n_a, SPACE[2], W[2])
+    n_a = extent(SPACE, 2, N0)
+    columns = extent(SPACE, 1, N0) * n_a
+    o = offset(i // n_a, SPACE, W, 1) + offset(i % n_a, SPACE, W, 2)
     t1 = tl.zeros((BLOCK_J, BLOCK_I), ACC)
     t0 = tl.zeros((BLOCK_J, BLOCK_I), ACC)
     for row in range(0, rows, BLOCK_J):

@@ -10,18 +10,22 @@ from .tile import extent, kept_block, load, offsets, reduced_a, reduced_s, total
 
 @triton.jit
 def finish_moments(
-    mean, var, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, eps, momentum,
+    mean, var, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, N0, eps, momentum,
     SPACE: tl.constexpr, STAT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Store mean and rstd of (m, c), update the running statistics (which are indexed by c alone), return rstd."""
+    """Store mean and rstd of (m, c), update the running statistics, return rstd.
+
+    A BatchNorm has channels along m or along c, never both: m · |c| + c counts them.
+    """
     rstd = reciprocal_root(var + count(eps, ACC))
     o = offsets((m, c, 0, 0), SPACE, STAT)
     if mean_ptr is not None:
         tl.store(mean_ptr + o, mean, mask=mk)
     tl.store(rstd_ptr + o, rstd, mask=mk)
     if running_mean_ptr is not None:
-        update_running(running_mean_ptr, c, mean, momentum, mk, ACC)
-        update_running(running_var_ptr, c, var * (n / (n - 1.0)), momentum, mk, ACC)
+        channel = m * extent(SPACE, 1, N0) + c
+        update_running(running_mean_ptr, channel, mean, momentum, mk, ACC)
+        update_running(running_var_ptr, channel, var * (n / (n - 1.0)), momentum, mk, ACC)
     return rstd
 
 
@@ -43,7 +47,7 @@ def normalize(
     at = (m, c, a, s)
     mask = mk & ma & ms
     wmask = ma if ALONG_M else mk & ma
-    n = count(extent(SPACE[2], N0), ACC) * count(extent(SPACE[3], N0), ACC)
+    n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
 
     x = read_input(x_ptr, pre_ptr, sum_ptr, at, mask, SPACE, X, PRE, SUM, ACC)
     mean = 0.0
@@ -51,7 +55,7 @@ def normalize(
         mean = total(x) / n
         x = tl.where(mask, x - mean, 0.0)
     rstd = finish_moments(
-        mean, total(x * x) / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, eps, momentum,
+        mean, total(x * x) / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, N0, eps, momentum,
         SPACE, STAT, ACC,
     )  # fmt: skip
     write_output(x * rstd, w_ptr, b_ptr, post_ptr, y_ptr, at, wmask, mask, SPACE, W, POST, Y, ACT, ACC)
@@ -63,13 +67,13 @@ def chunk_of(i, chunks_s, SPACE: tl.constexpr, N0, KEPT_FIRST: tl.constexpr, ALO
 
     The grid is counted along the innermost axis in memory first: KEPT_FIRST says that it is a kept one.
     """
-    blocks_a = tl.cdiv(extent(SPACE[2], N0), BLOCK_A)
+    blocks_a = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A)
     chunks = blocks_a * chunks_s
     if KEPT_FIRST:
         if ALONG_M:
-            blocks_k = tl.cdiv(extent(SPACE[0], N0), BLOCK_K) * extent(SPACE[1], N0)
+            blocks_k = tl.cdiv(extent(SPACE, 0, N0), BLOCK_K) * extent(SPACE, 1, N0)
         else:
-            blocks_k = tl.cdiv(extent(SPACE[1], N0), BLOCK_K) * extent(SPACE[0], N0)
+            blocks_k = tl.cdiv(extent(SPACE, 1, N0), BLOCK_K) * extent(SPACE, 0, N0)
         block_k = i % blocks_k
         chunk = i // blocks_k
     else:
@@ -97,8 +101,8 @@ def statistics(
     s_start = chunk_s * steps * BLOCK_S
     s, ms = reduced_s(s_start, SPACE, N0, BLOCK_S, WIDE)
     mask = mk & ma & ms
-    n_a = count(tl.minimum(extent(SPACE[2], N0) - block_a * BLOCK_A, BLOCK_A), ACC)
-    n_s = extent(SPACE[3], N0) - s_start
+    n_a = count(tl.minimum(extent(SPACE, 2, N0) - block_a * BLOCK_A, BLOCK_A), ACC)
+    n_s = extent(SPACE, 3, N0) - s_start
 
     x = read_input(x_ptr, pre_ptr, sum_ptr, (m, c, a, s), mask, SPACE, X, PRE, SUM, ACC)
     shift = 0.0
@@ -116,7 +120,7 @@ def statistics(
             d1 += x
         d2 += x * x
 
-    o = (block_a * chunks_s + chunk_s) * (extent(SPACE[0], N0) * extent(SPACE[1], N0))
+    o = (block_a * chunks_s + chunk_s) * (extent(SPACE, 0, N0) * extent(SPACE, 1, N0))
     o = o + offsets((m, c, 0, 0), SPACE, STAT)
     m2 = total(d2)
     if CENTER:

@@ -8,9 +8,10 @@ import triton.language as tl
 def reciprocal_root(v):
     # rsqrt of fp64 is an approximation on the device.
     if v.dtype == tl.float64:
-        return 1.0 / tl.sqrt(v)
+        r = 1.0 / tl.sqrt(v)
     else:
-        return tl.rsqrt(v)
+        r = tl.rsqrt(v)
+    return r
 
 
 @triton.jit

@@ -5,36 +5,51 @@ import triton.language as tl
 
 
 @triton.jit
-def extent(SIZES: tl.constexpr, N0):
-    """Number of points of an index space; the size written 0 is N0."""
-    n = N0 if SIZES[0] == 0 else SIZES[0]
+def extent(SPACE: tl.constexpr, I: tl.constexpr, N0):
+    """Number of points along coordinate I (0 to 3: m, c, a, s); the size written 0 is N0."""
+    # Elements of a nested tuple are constexpr again only once they are declared so.
+    SIZES: tl.constexpr = SPACE[I]
+    if SIZES[0] == 0:
+        n = N0
+    else:
+        OUTER: tl.constexpr = SIZES[0]
+        n = OUTER
     for d in tl.static_range(1, len(SIZES)):
-        n = n * SIZES[d]
+        SIZE: tl.constexpr = SIZES[d]
+        n = n * SIZE
     return n
 
 
 @triton.jit
-def offset(i, SIZES: tl.constexpr, STRIDES: tl.constexpr):
-    """Where point i of an index space lies in an operand; 0 where the operand does not vary."""
-    if len(STRIDES) == 0:
-        return 0
-    if len(STRIDES) == 1:
-        return i * STRIDES[0]
-    o = (i % SIZES[len(SIZES) - 1]) * STRIDES[len(SIZES) - 1]
-    for d in tl.static_range(1, len(SIZES) - 1):
-        i = i // SIZES[len(SIZES) - d]
-        o += (i % SIZES[len(SIZES) - 1 - d]) * STRIDES[len(SIZES) - 1 - d]
-    return o + (i // SIZES[1]) * STRIDES[0]
+def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, I: tl.constexpr):
+    """Where point i along coordinate I lies in an operand; 0 where the operand does not vary."""
+    SIZES: tl.constexpr = SPACE[I]
+    STEPS: tl.constexpr = STRIDES[I]
+    if len(STEPS) == 0:
+        o = 0
+    elif len(STEPS) == 1:
+        STEP: tl.constexpr = STEPS[0]
+        o = i * STEP
+    else:
+        o = i * 0
+        for d in tl.static_range(len(STEPS) - 1):
+            SIZE: tl.constexpr = SIZES[len(STEPS) - 1 - d]
+            STRIDE: tl.constexpr = STEPS[len(STEPS) - 1 - d]
+            o += (i % SIZE) * STRIDE
+            i = i // SIZE
+        OUTER: tl.constexpr = STEPS[0]
+        o += i * OUTER
+    return o
 
 
 @triton.jit
 def offsets(at, SPACE: tl.constexpr, STRIDES: tl.constexpr):
     """Where the elements at (m, c, a, s) lie in an operand."""
     return (
-        offset(at[0], SPACE[0], STRIDES[0])
-        + offset(at[1], SPACE[1], STRIDES[1])
-        + offset(at[2], SPACE[2], STRIDES[2])
-        + offset(at[3], SPACE[3], STRIDES[3])
+        offset(at[0], SPACE, STRIDES, 0)
+        + offset(at[1], SPACE, STRIDES, 1)
+        + offset(at[2], SPACE, STRIDES, 2)
+        + offset(at[3], SPACE, STRIDES, 3)
     )
 
 
@@ -59,9 +74,13 @@ def kept(
     """m, c and their mask for the first axis of a tile; the coordinate it does not run along is a scalar."""
     if ALONG_M:
         m = lanes(m_start, BLOCK_K, WIDE)[:, None, None]
-        return m, c_start, m < extent(SPACE[0], N0)
-    c = lanes(c_start, BLOCK_K, WIDE)[:, None, None]
-    return m_start, c, c < extent(SPACE[1], N0)
+        c = c_start
+        mk = m < extent(SPACE, 0, N0)
+    else:
+        m = m_start
+        c = lanes(c_start, BLOCK_K, WIDE)[:, None, None]
+        mk = c < extent(SPACE, 1, N0)
+    return m, c, mk
 
 
 @triton.jit
@@ -69,22 +88,26 @@ def kept_block(i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, BLOCK_K: tl.co
     """kept() of the i-th block; blocks are counted along the tile's axis first."""
     i = widened(i, WIDE)
     if ALONG_M:
-        inside = tl.cdiv(extent(SPACE[0], N0), BLOCK_K)
-        return kept((i % inside) * BLOCK_K, i // inside, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
-    inside = tl.cdiv(extent(SPACE[1], N0), BLOCK_K)
-    return kept(i // inside, (i % inside) * BLOCK_K, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+        inside = tl.cdiv(extent(SPACE, 0, N0), BLOCK_K)
+        m_start = (i % inside) * BLOCK_K
+        c_start = i // inside
+    else:
+        inside = tl.cdiv(extent(SPACE, 1, N0), BLOCK_K)
+        m_start = i // inside
+        c_start = (i % inside) * BLOCK_K
+    return kept(m_start, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
 
 
 @triton.jit
 def reduced_a(start, SPACE: tl.constexpr, N0, BLOCK_A: tl.constexpr, WIDE: tl.constexpr):
     a = lanes(start, BLOCK_A, WIDE)[None, :, None]
-    return a, a < extent(SPACE[2], N0)
+    return a, a < extent(SPACE, 2, N0)
 
 
 @triton.jit
 def reduced_s(start, SPACE: tl.constexpr, N0, BLOCK_S: tl.constexpr, WIDE: tl.constexpr):
     s = lanes(start, BLOCK_S, WIDE)[None, None, :]
-    return s, s < extent(SPACE[3], N0)
+    return s, s < extent(SPACE, 3, N0)
 
 
 @triton.jit

@@ -43,9 +43,9 @@ class Normalize(torch.autograd.Function):
             ctx.has_post = post_add is not None
             ctx.save_for_backward(total, weight, bias, None if plain else post_add, mean, rstd)
             ctx.post_dtype = None if post_add is None else post_add.dtype
-        stats = tuple(t for t in (mean, rstd) if t is not None and not ctx.given)
-        ctx.mark_non_differentiable(*stats)
-        return (y, total if pre_add is not None else None, *(stats if len(stats) == 2 else (None, *stats)))  # type: ignore[return-value]
+        stats = (None, None) if ctx.given else (mean, rstd)
+        ctx.mark_non_differentiable(*(t for t in stats if t is not None))
+        return y, None if pre_add is None else total, *stats  # type: ignore[return-value]
 
     @staticmethod
     @once_differentiable
@@ -118,23 +118,24 @@ def _reference(
         return t.reshape([shape[i] for i in spec.affine]).permute(order).reshape(sizes)
 
     kept = [1 if i in spec.reduced else n for i, n in enumerate(shape)]
-    given = {
-        name: None if (t := options.get(name)) is None else t.reshape(kept) for name in ("mean", "var")
-    }  # fmt: skip
+    given_mean, given_var = (
+        None if (t := options.get(name)) is None else t.reshape(kept) for name in ("mean", "var")
+    )  # fmt: skip
     y, total, mean, rstd = reference.normalize(
         x.reshape(shape), spec.reduced, placed(weight), placed(bias), eps=eps, center=spec.center,
         activation=spec.activation, pre_add=None if pre_add is None else pre_add.reshape(shape),
-        post_add=None if post_add is None else post_add.reshape(shape), **given,
+        post_add=None if post_add is None else post_add.reshape(shape), mean=given_mean, var=given_var,
     )  # fmt: skip
     running_mean, running_var = options.get("running_mean"), options.get("running_var")
-    if running_mean is not None and running_var is not None and x.numel() > 0:
+    if running_mean is not None and running_var is not None and mean is not None and x.numel() > 0:
         n = x.numel() // running_mean.numel()
-        momentum = options["momentum"]
+        var = (rstd.double() ** -2 - eps) * (n / (n - 1))
         with torch.no_grad():
-            var = (1.0 / rstd.double() ** 2 - eps) * (n / (n - 1))
             for running, value in ((running_mean, mean), (running_var, var)):
-                running.lerp_(value.reshape(-1).to(running.dtype), momentum)
-    out = torch.empty_like(x).copy_(y.reshape(x.shape)) if y.reshape(x.shape).stride() != torch.empty_like(x).stride() else y.reshape(x.shape)
-    if given["var"] is not None:
-        mean = rstd = None
-    return out, None if pre_add is None else total.reshape(x.shape), mean, rstd
+                running.lerp_(value.reshape(-1).to(running.dtype), options["momentum"])
+    y = y.reshape(x.shape)
+    like = torch.empty_like(x)
+    if y.stride() != like.stride():
+        y = like.copy_(y)
+    sums = None if pre_add is None else total.reshape(x.shape)
+    return (y, sums, None, None) if given_var is not None else (y, sums, mean, rstd)

@@ -177,7 +177,8 @@ def _broadcast_affine(
         return None, None, ()
     union = tuple(max(s) if 0 not in s else 0 for s in zip(*sizes, strict=True))
     weight, bias = (None if t is None else t.expand(union) for t in (weight, bias))
-    varying, i = [], 0
+    varying: list[int] = []
+    i = 0
     for size, split_sizes in zip(union, factors, strict=True):
         if size != 1:
             varying.extend(range(i, i + len(split_sizes)))

@@ -171,7 +171,10 @@ def plan_forward(
     out = {"W": operands["W"], "POST": operands["POST"], "Y": operands["Y"], "ACT": act}
     moments = {"CENTER": spec.center, "STAT": layout.statistics()}
 
-    tile = None if given else schedule.whole_groups(layout, itemsize, acc_bytes, limits.forward, limits.tile, 1024)
+    extra = operands["POST"] is not ABSENT
+    tile = None
+    if not given:
+        tile = schedule.whole_groups(layout, itemsize, acc_bytes, limits.forward, limits.tile, 1024, extra)
     if tile is not None:
         launch = Launch(
             kw.normalize, _kept_blocks(layout, tile.along_m, tile.k),
@@ -261,13 +264,13 @@ def plan_backward(
 
     def walk(tile: Tile, sums: bool) -> None:
         """grad_normalize; a single part writes dw and db at once."""
-        count, rows = schedule.parts(layout, tile, device)
+        count, steps = schedule.parts(layout, tile, device)
         direct = count == 1
         names = ("dw", "db") if direct else ("p1" if dw else "", "p0" if db else "")
         blocks = cdiv(layout.extent("c"), 1 if tile.along_m else tile.k) * cdiv(n_a, tile.a)
         launches.append(Launch(
             kb.grad_normalize, blocks * count, (*reads, *(("c1", "c0" if spec.center else "") if sums else ("", "")), *writes, *names),
-            (layout.outer, rows),
+            (layout.outer, steps),
             {**common, **streams, **_kernel_tile(tile, layout), "CENTER": spec.center, "DIRECT": direct}, tile.warps,
         ))  # fmt: skip
         if not direct and (dw or db):
@@ -298,7 +301,7 @@ def plan_backward(
         m = schedule.along_m(layout)
         constants = {
             **common, "W": operands["W"], "A": n_a if per_a else 1,
-            "N_A": layout.space[2], "N_S": layout.space[3], "ALONG_M": m, "BLOCK_K": block_k, "BLOCK_P": block_p,
+            "ALONG_M": m, "BLOCK_K": block_k, "BLOCK_P": block_p,
             "WIDE": False,
         }  # fmt: skip
         launches.append(Launch(
@@ -321,7 +324,8 @@ def plan_backward(
     # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
     along_rows = n_s == 1 and n_a > 1
     limit = limits.backward_affine if along_rows and (dw or db) else limits.backward
-    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512)
+    extra = grad is not None or operands["DSUM"] is not ABSENT
+    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512, extra)
     engine = "split"
     if given or not dx:
         if not (dw or db):

@@ -29,7 +29,7 @@ Output = Tensor | tuple[Tensor, Tensor]
 
 
 def __getattr__(name: str) -> Any:
-    if not name.startswith("__"):  # never __path__: torch.nn's would let Python import its files a second time from here
+    if not name.startswith("__"):  # never __path__: with torch.nn's, Python would import its files a second time
         try:
             return getattr(torch.nn, name)
         except AttributeError:
@@ -52,7 +52,9 @@ class _Fused(torch.nn.Module):
         self.activation = activation
 
     def extra_repr(self) -> str:
-        base = super().extra_repr()
+        return self._repr(super().extra_repr())
+
+    def _repr(self, base: str) -> str:
         return base if self.activation is None else f"{base}, activation={self.activation}"
 
     def _extras(self, pre_add: Tensor | None, post_add: Tensor | None) -> dict[str, Any]:
@@ -60,7 +62,9 @@ class _Fused(torch.nn.Module):
 
 
 class _BatchNorm(_Fused, batchnorm._BatchNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
+    ) -> Output:
         self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         counter = self.num_batches_tracked if tracking else None
@@ -85,7 +89,9 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
+    ) -> Output:
         self._check_input_dim(input)
         rank = self._get_no_batch_dim()
         axis = input.dim() - rank
@@ -102,8 +108,8 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
             )
         if input.dim() != rank:
             return self._apply_instance_norm(input, pre_add, post_add)
-        batched = (t if t is None or t.dim() != rank else t.unsqueeze(0) for t in (input, pre_add, post_add))
-        result = self._apply_instance_norm(*batched)
+        pre_add, post_add = (t.unsqueeze(0) if t is not None and t.dim() == rank else t for t in (pre_add, post_add))
+        result = self._apply_instance_norm(input.unsqueeze(0), pre_add, post_add)
         return result.squeeze(0) if isinstance(result, Tensor) else (result[0].squeeze(0), result[1].squeeze(0))
 
     def _apply_instance_norm(
@@ -122,55 +128,64 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
         )
 
 
-class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):  # type: ignore[no-redef]
     """`torch.nn.BatchNorm1d`, (N, C) or (N, C, L), with activation, pre_add and post_add."""
 
 
-class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):  # type: ignore[no-redef]
     """`torch.nn.BatchNorm2d`, (N, C, H, W), with activation, pre_add and post_add."""
 
 
-class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):  # type: ignore[no-redef]
     """`torch.nn.BatchNorm3d`, (N, C, D, H, W), with activation, pre_add and post_add."""
 
 
-class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):  # type: ignore[no-redef]
     """`torch.nn.InstanceNorm1d`, (N, C, L) or (C, L), with activation, pre_add and post_add."""
 
 
-class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):  # type: ignore[no-redef]
     """`torch.nn.InstanceNorm2d`, (N, C, H, W) or (C, H, W), with activation, pre_add and post_add."""
 
 
-class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):  # type: ignore[no-redef]
     """`torch.nn.InstanceNorm3d`, (N, C, D, H, W) or (C, D, H, W), with activation, pre_add and post_add."""
 
 
-class GroupNorm(_Fused, torch.nn.GroupNorm):
+class GroupNorm(_Fused, torch.nn.GroupNorm):  # type: ignore[no-redef]
     """`torch.nn.GroupNorm`, (N, C, ...), with activation, pre_add and post_add."""
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
+    ) -> Output:
         extras = self._extras(pre_add, post_add)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
 
 
-class LayerNorm(_Fused, torch.nn.LayerNorm):
+class LayerNorm(_Fused, torch.nn.LayerNorm):  # type: ignore[no-redef]
     """`torch.nn.LayerNorm`, (..., *normalized_shape), with activation, pre_add and post_add."""
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
+    ) -> Output:
         extras = self._extras(pre_add, post_add)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
 
 
-class RMSNorm(_Fused, torch.nn.RMSNorm):
+class RMSNorm(_Fused, torch.nn.RMSNorm):  # type: ignore[no-redef]
     """`torch.nn.RMSNorm`, (..., *normalized_shape), with activation, pre_add and post_add."""
 
-    def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
+    ) -> Output:
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
 
 
 class _Parameters(torch.nn.Module):
     """weight (ones) and bias (zeros) of a shape; None for those that are not wanted."""
+
+    weight: Tensor | None
+    bias: Tensor | None
 
     def __init__(
         self, shape: tuple[int, ...] | None, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
@@ -216,8 +231,7 @@ class LayerNorm2d(_Fused, _Parameters):
         return F.normalize(input, (1,), weight, bias, eps=self.eps, **self._extras(pre_add, post_add))
 
     def extra_repr(self) -> str:
-        self_repr = f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}"
-        return self_repr if self.activation is None else f"{self_repr}, activation={self.activation}"
+        return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
 
 
 class Normalize(_Fused, _Parameters):
@@ -249,7 +263,8 @@ class Normalize(_Fused, _Parameters):
     ) -> None:
         shape = affine_shape(pattern, affine, lengths)
         super().__init__(None if affine is None else shape, bias, device, dtype, activation=activation)
-        self.pattern, self.affine, self.eps, self.center, self.lengths = pattern, affine, eps, center, lengths
+        self.pattern, self.affine, self.eps, self.center = pattern, affine, eps, center
+        self.lengths: dict[str, Any] = lengths
 
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:
         return F.normalize(
@@ -267,4 +282,4 @@ class Normalize(_Fused, _Parameters):
     def extra_repr(self) -> str:
         parts = [repr(self.pattern), f"affine={self.affine!r}", f"eps={self.eps}", f"center={self.center}"]
         parts += [f"bias={self.bias is not None}", *(f"{name}={n}" for name, n in self.lengths.items())]
-        return ", ".join(parts if self.activation is None else [*parts, f"activation={self.activation}"])
+        return self._repr(", ".join(parts))

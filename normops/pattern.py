@@ -114,9 +114,7 @@ def _syntax(
 
 
 @lru_cache(maxsize=4096)
-def _parse(
-    pattern: str, shape: tuple[int, ...], affine: str | None, lengths: tuple[tuple[str, int], ...]
-) -> Pattern:
+def _parse(pattern: str, shape: tuple[int, ...], affine: str | None, lengths: tuple[tuple[str, int], ...]) -> Pattern:
     syntax, given = _syntax(pattern, affine, lengths, shape), dict(lengths)
     spread = (ELLIPSIS,) in syntax.left
     rank = len(syntax.left) - spread

@@ -1,7 +1,7 @@
 """The formula in plain PyTorch: the specification, the oracle of the tests, and what a plain CPU tensor runs on.
 
-    s = x + pre_add      mean = E[s]      rstd = 1/sqrt(E[(s - mean)^2] + eps)      (RMS: mean = 0)
-    y = act((s - mean) * rstd * weight + bias + post_add)
+s = x + pre_add      mean = E[s]      rstd = 1/sqrt(E[(s - mean)^2] + eps)      (RMS: mean = 0)
+y = act((s - mean) * rstd * weight + bias + post_add)
 """
 
 from __future__ import annotations

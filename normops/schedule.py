@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from math import gcd
 
 from .layout import Layout
 
@@ -110,13 +111,32 @@ def _line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
     return 1
 
 
+def vector(layout: Layout, itemsize: int) -> int:
+    """Elements of one access: what 16 bytes hold, as far as the innermost extent and the strides allow."""
+    inner = layout.runs[-1] if layout.runs else None
+    if inner is None:
+        return 1
+    strides = [abs(stride) for run in layout.runs[:-1] for stride in run.strides]
+    return gcd(16 // itemsize, inner.size, *strides)
+
+
 def warps(elements: int, per_warp: int) -> int:
     return max(1, min(16, elements // per_warp))
 
 
-def whole_groups(layout: Layout, itemsize: int, acc_bytes: int, limit: int, pack: int, per_warp: int) -> Tile | None:
-    """A tile of whole groups, or None if they do not fit.  It does not depend on the batch: neither do a row's bits."""
+def whole_groups(
+    layout: Layout, itemsize: int, acc_bytes: int, limit: int, pack: int, per_warp: int, extra: bool = False
+) -> Tile | None:
+    """A tile of whole groups, or None if they do not fit.  It does not depend on the batch: neither do a row's bits.
+
+    `extra`: more lives beside x at once (another tensor of its size, an activation's derivative).
+    """
     limit, pack = limit * 4 // acc_bytes, pack * 4 // acc_bytes
+    if extra:
+        limit //= 2
+    # Where elements are loaded one by one (a 7 × 7 plane), so are their addresses held.
+    if vector(layout, itemsize) * itemsize < 4:
+        limit //= 4
     m = along_m(layout)
     bound = _bound(layout, "m" if m else "c")
     a, s = next_power_of_2(layout.extent("a")), next_power_of_2(layout.extent("s"))
@@ -159,12 +179,10 @@ def steps(layout: Layout, tile: Tile) -> int:
 
 
 def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
-    """(programs that share the walk over m, rows of each): as many programs as the device runs at once."""
-    rows_at_once = tile.k if tile.along_m else 1
-    blocks = -(-layout.extent("a") // tile.a) * (1 if tile.along_m else -(-layout.extent("c") // tile.k))
-    if tile.along_m:
-        blocks *= layout.extent("c")
-    wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // blocks)
-    steps_m = -(-layout.extent("m") // rows_at_once)
-    rows = -(-steps_m // min(wanted, steps_m)) * rows_at_once
-    return -(-layout.extent("m") // rows), rows
+    """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once."""
+    across = -(-layout.extent("a") // tile.a)
+    across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.k)
+    blocks = -(-layout.extent("m") // tile.k) if tile.along_m else layout.extent("m")
+    wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
+    each = -(-blocks // min(wanted, blocks))
+    return -(-blocks // each), each

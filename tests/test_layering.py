@@ -20,9 +20,9 @@ LAYERS = (
     {"reference", "launch"},
     {"autograd"},
     {"functional"},
-    {"nn", "explain", "distributed"},
-    {"convert"},
+    {"nn"},
     {"__init__"},
+    {"virtual", "testing"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

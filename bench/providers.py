@@ -1,0 +1,185 @@
+"""One call of a case: its inputs, normops' way, and torch's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from zlib import crc32
+
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+
+import normops
+from normops.reference import ACTIVATIONS
+
+from .cases import Case
+
+EPS, MOMENTUM = 1e-5, 0.1
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+LEAVES = ("x", "weight", "bias", "pre_add", "post_add")
+Inputs = dict[str, Tensor | None]
+Outputs = tuple[Tensor, ...]
+
+
+def statistic(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_inputs(
+    case: Case, shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, seed: int = 0
+) -> Inputs:
+    """Random operands, gradients of the outputs (dy, and dsum of x + pre_add) and running statistics.
+
+    Parameters of BatchNorm and InstanceNorm are kept in the precision of the statistics, as in mixed precision
+    training; those of other norms have x's dtype.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(crc32(case.name.encode()) + seed)
+
+    def random(shape: tuple[int, ...], scale: float, shift: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).mul_(scale).add_(shift).to(dtype)
+
+    def like_x(scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        return random(shape, scale, shift).contiguous(memory_format=memory_format)
+
+    wide = case.norm.startswith(("batch", "instance"))
+    parameters = {"layer": shape[-case.dims :], "rms": shape[-case.dims :], "adaln": (shape[0], 1, shape[-1])}
+    parameter, kept = parameters.get(case.norm, (shape[1],)), statistic(dtype)
+    inputs: Inputs = {
+        "x": like_x(2.0, 1.0),
+        "weight": random(parameter, 0.3, 1.0, kept if wide else dtype),
+        "bias": None if case.norm == "rms" else random(parameter, 0.3, 0.1, kept if wide else dtype),
+        "pre_add": like_x() if case.pre_add else None,
+        "post_add": like_x() if case.post_add else None,
+        "dy": like_x(),
+        "dsum": like_x() if case.pre_add else None,
+        "running_mean": random(parameter, 0.3, 1.0, kept) if "batch" in case.norm else None,
+        "running_var": random(parameter, 0.3, 4.0, kept).abs() if "batch" in case.norm else None,
+    }
+    for name in LEAVES:
+        if inputs[name] is not None:
+            inputs[name].requires_grad_()
+    return inputs
+
+
+def by_normops(case: Case, i: Inputs) -> Outputs:
+    F, x, w, b = normops.functional, i["x"], i["weight"], i["bias"]
+    extras = {"activation": case.activation, "pre_add": i["pre_add"], "post_add": i["post_add"]}
+    match case.norm:
+        case "batch" | "batch_eval":
+            y = F.batch_norm(
+                x, i["running_mean"], i["running_var"], w, b, case.norm == "batch", MOMENTUM, EPS, **extras
+            )
+        case "instance":
+            y = F.instance_norm(x, None, None, w, b, True, MOMENTUM, EPS, **extras)
+        case "group":
+            y = F.group_norm(x, case.groups, w, b, EPS, **extras)
+        case "layer":
+            y = F.layer_norm(x, w.shape, w, b, EPS, **extras)
+        case "rms":
+            y = F.rms_norm(x, w.shape, w, EPS, **extras)
+        case "layer2d":
+            y = normops.normalize(x, "n c h w -> n h w", w, b, affine="c", eps=EPS, **extras)
+        case "adaln":
+            y = normops.normalize(x, (-1,), w, b, eps=EPS, **extras)
+    return y if isinstance(y, tuple) else (y,)
+
+
+def by_torch(case: Case, i: Inputs, stored: Tensor | None = None) -> Outputs:
+    """The composition of torch's functions; `stored` is x + pre_add as another provider rounded it."""
+    x, w, b = i["x"], i["weight"], i["bias"]
+    if i["pre_add"] is not None:
+        x = x + i["pre_add"]
+        total = x
+        if stored is not None:
+            x = x + (stored.to(x.dtype) - x).detach()
+    match case.norm:
+        case "batch" | "batch_eval":
+            y = TF.batch_norm(x, i["running_mean"], i["running_var"], w, b, case.norm == "batch", MOMENTUM, EPS)
+        case "instance":
+            y = TF.instance_norm(x, None, None, w, b, True, MOMENTUM, EPS)
+        case "group":
+            y = TF.group_norm(x, case.groups, w, b, EPS)
+        case "layer":
+            y = TF.layer_norm(x, w.shape, w, b, EPS)
+        case "rms":
+            y = TF.rms_norm(x, w.shape, w, EPS)
+        case "layer2d":
+            y = TF.layer_norm(x.permute(0, 2, 3, 1), w.shape, w, b, EPS).permute(0, 3, 1, 2)
+        case "adaln":
+            y = TF.layer_norm(x, x.shape[-1:], None, None, EPS) * w + b
+    if i["post_add"] is not None:
+        y = y + i["post_add"]
+    y = ACTIVATIONS[case.activation or "identity"](y)
+    return (y,) if i["pre_add"] is None else (y, total)
+
+
+def leaves(i: Inputs) -> list[Tensor]:
+    return [i[name] for name in LEAVES if i[name] is not None]
+
+
+def output_gradients(i: Inputs) -> list[Tensor]:
+    return [g for g in (i["dy"], i["dsum"]) if g is not None]
+
+
+def results(outputs: Outputs, i: Inputs) -> dict[str, Tensor]:
+    """Everything a call computes: y, x + pre_add, gradients ("d" + name) and updated running statistics."""
+    names = ["d" + name for name in LEAVES if i[name] is not None]
+    gradients = torch.autograd.grad(outputs, leaves(i), output_gradients(i), retain_graph=True)
+    running = {name: i[name] for name in ("running_mean", "running_var") if i[name] is not None}
+    return dict(zip(("y", "sum"), outputs, strict=False)) | dict(zip(names, gradients, strict=True)) | running
+
+
+def upcast(i: Inputs) -> Inputs:
+    return {
+        name: None if t is None else t.detach().double().clone().requires_grad_(name in LEAVES) for name, t in i.items()
+    }
+
+
+def errors_of(
+    call: Callable[[Inputs], Outputs], case: Case, inputs: Inputs, dtype: torch.dtype, slack: float = 1.0
+) -> tuple[dict[str, Tensor], dict[str, dict[str, float]]]:
+    """Results of a provider, and their errors against torch in float64."""
+    reference = upcast(inputs)
+    actual = results(call(inputs), inputs)
+    expected = results(by_torch(case, reference, actual.get("sum")), reference)
+    return actual, compare(actual, expected, dtype, slack)
+
+
+def bounds(dtype: torch.dtype, result: torch.dtype) -> tuple[float, float]:
+    """Allowed (RMS, largest) error of a result, relative; see REASON."""
+    stored, arithmetic = torch.finfo(result).eps / 2, torch.finfo(statistic(dtype)).eps / 2
+    if result == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        stored *= 2
+    return stored + 16 * arithmetic, stored + 64 * arithmetic
+
+
+REASON = (
+    "A result is rounded once to its own dtype, which costs at most half its eps. Before that all is computed in "
+    "the precision of the statistics (fp32, or fp64 for fp64): mean, variance, affine, activation and the tree sums of "
+    "the backward are about ten roundings deep, which is allowed 16 half-eps in the root mean square and 64 in the "
+    "worst element. Triton's interpreter truncates to bf16 where hardware rounds, so a whole eps is allowed there. The "
+    "reference continues from x + pre_add as it was stored, which is checked by itself. "
+    "RMS error is RMS(error) / RMS(reference); the largest is |error| / (|reference| + RMS(reference))."
+)
+
+
+def compare(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype, slack: float = 1.0
+) -> dict[str, dict[str, float]]:
+    """For each result its errors, and the worse of them as a share of its bound."""
+    errors = {}
+    for name, ref in expected.items():
+        got = actual[name].detach()
+        ref = ref.detach()
+        rms_ref = ref.square().mean().sqrt().clamp_min(1e-300)
+        error = (got.double() - ref).abs()
+        rms, largest = (error.square().mean().sqrt() / rms_ref).item(), (error / (ref.abs() + rms_ref)).max().item()
+        rms_bound, largest_bound = (slack * bound for bound in bounds(dtype, got.dtype))
+        share = max(rms / rms_bound, largest / largest_bound)
+        errors[name] = {
+            "rms": rms, "rms_bound": rms_bound, "max": largest, "max_bound": largest_bound,
+            "share": share if share == share else float("inf"),
+        }  # fmt: skip
+    return errors

@@ -1,0 +1,95 @@
+"""Forward and backward of every case against the same composition of torch functions in float64."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from normops import schedule
+
+from . import providers
+from .cases import Case, select
+from .evidence import console, run_all, save
+
+LARGEST = 2**26
+"""Elements of x on a GPU (float64 references take eight bytes each): larger batches are cut."""
+
+
+def shape_of(case: Case) -> tuple[int, ...]:
+    """The shrunken shape in the interpreter; on a GPU the real one, with a smaller batch where it is huge."""
+    if not torch.cuda.is_available():
+        return case.small
+    sample = prod(case.shape[1:])
+    return (max(1, min(case.shape[0], LARGEST // sample)), *case.shape[1:])
+
+
+def schedule_of(case: Case) -> Any:
+    """Shrunken calls take the engine of the real ones: what does not fit on chip there is split here, in tiny tiles."""
+    if torch.cuda.is_available():
+        return nullcontext()
+    limits = schedule.limits()
+    split = {n: 0 for n in ("forward", "backward", "backward_affine") if case.group > getattr(limits, n)}
+    return schedule.forced(**split, tile=512, grad_tile=256) if split else nullcontext()
+
+
+def verify_one(case: Case, memory_format: torch.memory_format, dtype: torch.dtype, seed: int) -> dict[str, Any]:
+    inputs = providers.make_inputs(case, shape_of(case), memory_format, dtype, seed)
+    with schedule_of(case):
+        actual, errors = providers.errors_of(partial(providers.by_normops, case), case, inputs, dtype)
+    for name in ("y", "dx"):
+        if actual[name].stride() != inputs["x"].stride():
+            raise AssertionError(f"{name} has strides {actual[name].stride()}, x has {inputs['x'].stride()}")
+    worst = max(errors, key=lambda name: errors[name]["share"])
+    return {"worst": worst, **errors[worst], "ok": errors[worst]["share"] <= 1, "errors": errors}
+
+
+def verify_case(task: tuple[Case, int]) -> list[dict[str, Any]]:
+    case, seed = task
+    rows = []
+    for format_name, memory_format in case.formats.items():
+        for dtype_name, dtype in providers.DTYPES.items():
+            row = {"case": case.name, "norm": case.norm, "origin": case.origin, "shape": shape_of(case)}
+            row |= {"real_shape": case.shape, "format": format_name, "dtype": dtype_name}
+            try:
+                row |= verify_one(case, memory_format, dtype, seed)
+            except Exception as error:  # a broken call is a result: the others still run
+                row |= {"worst": type(error).__name__, "share": None, "ok": False, "error": str(error)}
+            rows.append(row)
+    return rows
+
+
+def verify(only: str | None, out: Path, seed: int) -> bool:
+    """Verify the selected cases, print a table, write verify.json; True if everything is within its bound."""
+    cases = select(only)
+    done = dict(run_all(verify_case, [(case, seed) for case in cases], "verify"))
+    rows = [row for index in sorted(done) for row in done[index]]
+    save(out, "verify", {"reason": providers.REASON, "rows": rows})
+
+    table = Table(title="Largest error, 1 = bound, and the tensor it is in", title_justify="left", box=SIMPLE_HEAD)
+    for column in ("case", "format", *providers.DTYPES):
+        table.add_column(column, no_wrap=True)
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        cell = row["worst"] if row["share"] is None else f"{row['share']:.2f} {row['worst']}"
+        line = lines.setdefault((row["case"], row["format"]), [])
+        line.append(cell if row["ok"] else f"[red]{cell}")
+    for key, cells in lines.items():
+        table.add_row(*key, *cells)
+    console.print(table)
+    failed = [row for row in rows if not row["ok"]]
+    problems: dict[tuple[str, str], list[str]] = {}
+    for row in failed:
+        problem = row.get("error") or f"{row['worst']} exceeds its bound ({row['share']:.3g} times)"
+        problems.setdefault((row["case"], problem), []).append(f"{row['format']} {row['dtype']}")
+    for (case, problem), calls in problems.items():
+        console.print(f"FAILED {case} ({', '.join(calls)}): {problem}", markup=False, style="red")
+    where = "on the GPU" if torch.cuda.is_available() else "in Triton's CPU interpreter, at shrunken shapes"
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} calls, forward and backward, within their bounds {where}.")
+    return not failed

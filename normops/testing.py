@@ -1,0 +1,164 @@
+"""Helpers for tests: what a call reads and writes, counted by Triton's interpreter.
+
+>>> with traffic(x=x) as t:
+...     y = normops.functional.layer_norm(x, (64,))
+>>> t.loads["x"] == x.nbytes and t.bytes_of(y) == (0, y.nbytes) and t.launches == 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from triton.runtime import interpreter
+
+from .launch import INTERPRETED
+
+OTHER = "other"
+
+
+def _extent(t: Tensor) -> tuple[int, int]:
+    """First address of a tensor's storage, and the one past its end."""
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+
+
+class _Accesses:
+    """Addresses of single elements and their sizes; recorded as they come, looked up only when asked for."""
+
+    def __init__(self) -> None:
+        self._records: list[tuple[np.ndarray, int]] = []
+
+    def add(self, addresses: np.ndarray, size: int) -> None:
+        if addresses.size:
+            self._records.append((addresses, size))
+
+    def between(self, start: int, end: int) -> int:
+        return sum(size * int(((a >= start) & (a < end)).sum()) for a, size in self._records)
+
+    def total(self) -> int:
+        return sum(size * a.size for a, size in self._records)
+
+
+class Traffic:
+    """Bytes that kernels moved inside a :func:`traffic` block; may be read inside the block and after it."""
+
+    launches: int
+    """Kernels launched."""
+    atomics: int
+    """Elements that atomic operations touched; their bytes are among the loads and stores too."""
+
+    def __init__(self, watched: dict[str, Tensor]) -> None:
+        self.launches = 0
+        self.atomics = 0
+        self._watched = watched
+        self._loads = _Accesses()
+        self._stores = _Accesses()
+        # Everything passed to a kernel stays alive, so that no address means two tensors.
+        self._alive: list[Any] = []
+
+    def _by_name(self, accesses: _Accesses) -> dict[str, int]:
+        found = {name: accesses.between(*_extent(t)) for name, t in self._watched.items()}
+        return {**found, OTHER: accesses.total() - sum(found.values())}
+
+    @property
+    def loads(self) -> dict[str, int]:
+        """Bytes read from each watched tensor, and from everything else under "other"."""
+        return self._by_name(self._loads)
+
+    @property
+    def stores(self) -> dict[str, int]:
+        """Bytes written to each watched tensor, and to everything else under "other"."""
+        return self._by_name(self._stores)
+
+    def bytes_of(self, t: Tensor) -> tuple[int, int]:
+        """(read from, written to) a tensor's storage: for tensors that were allocated inside the block."""
+        extent = _extent(t)
+        return self._loads.between(*extent), self._stores.between(*extent)
+
+
+def _check(tensors: dict[str, Tensor]) -> None:
+    if not INTERPRETED:
+        raise RuntimeError("traffic() counts in Triton's interpreter: set TRITON_INTERPRET=1 before importing normops")
+    if OTHER in tensors:
+        raise ValueError('the name "other" stands for everything that is not watched')
+    owners: dict[int, str] = {}
+    for name, t in tensors.items():
+        if t.device.type != "cpu":
+            raise ValueError(f"{name} must be on the CPU, for the interpreter works on copies; got {t.device}")
+        owner = owners.setdefault(t.untyped_storage().data_ptr(), name)
+        if owner != name:
+            raise ValueError(f"{owner} and {name} share one storage: watch one of them")
+
+
+def _lanes(ptr: Any, mask: Any = None) -> tuple[np.ndarray, int]:
+    """Addresses of the lanes that are not masked out, and the size of an element."""
+    addresses = np.asarray(ptr.data).astype(np.int64)
+    size = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
+    if mask is None:
+        return addresses.ravel(), size
+    return addresses[np.broadcast_to(np.asarray(mask.data).astype(bool), addresses.shape)], size
+
+
+@contextmanager
+def traffic(**tensors: Tensor) -> Iterator[Traffic]:
+    """Count the bytes that kernels load and store, per watched tensor, while the block runs.
+
+    Only Triton kernels count (not torch's own copies), only lanes that are not masked out, and every access of an
+    element counts: there are no caches.  A tensor is its whole storage, so views of one tensor are one.
+
+    Raises RuntimeError outside Triton's interpreter (``TRITON_INTERPRET=1``), ValueError for tensors that cannot be
+    told apart.
+    """
+    _check(tensors)
+    found = Traffic(dict(tensors))
+    builder = interpreter.InterpreterBuilder
+    patched: list[tuple[type, str, Callable[..., Any]]] = []
+
+    def patch(owner: type, name: str, before: Callable[..., None]) -> None:
+        original = getattr(owner, name, None)
+        if original is None:  # not in this version of Triton
+            return
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            before(*args, **kwargs)
+            return original(self, *args, **kwargs)
+
+        patched.append((owner, name, original))
+        setattr(owner, name, method)
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        found.launches += 1
+        found._alive.append((args, kwargs))
+
+    def load(ptrs: Any, mask: Any, *_: Any, **__: Any) -> None:
+        found._loads.add(*_lanes(ptrs, mask))
+
+    def store(ptrs: Any, value: Any, mask: Any, *_: Any, **__: Any) -> None:
+        found._stores.add(*_lanes(ptrs, mask))
+
+    def atomic(ptr: Any, mask: Any = None, moves: bool = True) -> None:
+        addresses, size = _lanes(ptr, mask)
+        found.atomics += addresses.size
+        if moves:
+            found._loads.add(addresses, size)
+            found._stores.add(addresses, size)
+
+    # The interpreter's unmasked create_load, create_store and the tensor descriptors come down to the masked ones.
+    patch(interpreter.GridExecutor, "__call__", launch)
+    patch(builder, "create_masked_load", load)
+    patch(builder, "create_masked_store", store)
+    patch(builder, "create_atomic_rmw", lambda op, ptr, value, mask, *_, **__: atomic(ptr, mask))
+    patch(builder, "create_atomic_cas", lambda ptr, *_, **__: atomic(ptr))
+    # From Triton 3.9 on; these come down to the masked load and store as well.
+    patch(builder, "create_atomic_poll", lambda ptr, *_, **__: atomic(ptr, moves=False))
+    patch(builder, "create_atomic_load", lambda ptr, mask, *_, **__: atomic(ptr, mask, moves=False))
+    patch(builder, "create_atomic_store", lambda ptr, value, mask, *_, **__: atomic(ptr, mask, moves=False))
+    try:
+        yield found
+    finally:
+        for owner, name, original in reversed(patched):
+            setattr(owner, name, original)

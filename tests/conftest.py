@@ -1,0 +1,48 @@
+"""Kernels run on the GPU where there is one, in Triton's interpreter elsewhere; fresh memory is NaN either way."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated: before anything imports normops
+
+from normops import launch
+
+torch.set_num_threads(1)  # pytest -n shares out the cores
+
+
+class _Poisoned:
+    """torch, but empty tensors hold NaN: what a kernel forgets to write, or reads before it is written, shows."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = torch.empty(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+    @staticmethod
+    def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = torch.empty_like(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "torch", _Poisoned())
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,310 @@
+"""Shapes, strides and values at the border of what a norm is defined for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import normops
+from normops import functional as F
+from tests.tolerance import check, engine, laid_out, leaf, oracle
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def gradients(call: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, ref: Any, scale: float = 1.0) -> None:
+    """`call(x, w, b)` and its backward against `ref` of float64 leaves."""
+    leaves = [t.detach().requires_grad_() for t in (x, w, b)]
+    exact = [leaf(t) for t in (x, w, b)]
+    y, expected = call(*leaves), ref(*exact)
+    check("y", y, expected, scale)
+    dy = torch.randn(y.shape, device=y.device, dtype=y.dtype)
+    got = torch.autograd.grad(y, leaves, dy)
+    for name, g, e in zip(("dx", "dw", "db"), got, torch.autograd.grad(expected, exact, dy.double()), strict=True):
+        check(name, g, e, scale)
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize(("shape", "groups"), [
+    ((2, 6, 5), 2), ((2, 10, 3, 3), 2), ((1, 14, 1, 1), 2), ((2, 6, 7, 7), 3), ((3, 6, 1, 5), 6), ((2, 3, 3, 3, 3), 1),
+    ((2, 6), 2), ((2, 6, 2, 2, 2, 2), 2),
+], ids=str)  # fmt: skip
+def test_group_norm_shapes(shape: tuple[int, ...], groups: int, which: str, device: torch.device) -> None:
+    """Ranks, channels per group not a power of two, odd planes and planes of one pixel."""
+    c, view = shape[1], (shape[1],) + (1,) * (len(shape) - 2)
+    x, w, b = torch.randn(shape, device=device), torch.randn(c, device=device), torch.randn(c, device=device)
+    with engine(which):
+        gradients(
+            lambda x, w, b: F.group_norm(x, groups, w, b), x, w, b,
+            lambda x, w, b: oracle(x, range(2, x.dim() + 1), w.view(view), b.view(view), groups=groups)[0],
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", [(1, 37), (4, 1, 9), (1, 1, 2, 8)], ids=str)
+def test_one_row(shape: tuple[int, ...], device: torch.device) -> None:
+    x, w, b = torch.randn(shape, device=device), torch.randn(shape[-1], device=device), torch.randn(shape[-1], device=device)
+    gradients(lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b), x, w, b, lambda x, w, b: oracle(x, (-1,), w, b)[0])
+
+
+def test_one_column(device: torch.device) -> None:
+    """A group of one element: y is the bias, and no gradient reaches x."""
+    x = torch.randn(5, 1, device=device, requires_grad=True)
+    w, b = (torch.randn(1, device=device, requires_grad=True) for _ in range(2))
+    y = F.layer_norm(x, (1,), w, b)
+    dx, dw, db = torch.autograd.grad(y, [x, w, b], torch.ones_like(y))
+    assert torch.equal(y, b.expand_as(y)) and not dx.any() and not dw.any()
+    check("db", db, torch.full((1,), 5.0))
+
+
+def test_long_row(device: torch.device) -> None:
+    n = 100003
+    x, w, b = torch.randn(2, n, device=device), torch.randn(n, device=device), torch.randn(n, device=device)
+    gradients(lambda x, w, b: F.layer_norm(x, (n,), w, b), x, w, b, lambda x, w, b: oracle(x, (1,), w, b)[0])
+
+
+def test_many_rows(device: torch.device) -> None:
+    """More rows than a CUDA grid's second axis holds, over two axes."""
+    shape = (2, 2)
+    x, w, b = torch.randn(65600, 2, 2, device=device), torch.randn(shape, device=device), torch.randn(shape, device=device)
+    # Among 65600 groups of 4 some have a deviation far below their mean, which costs digits: dx is a difference there.
+    gradients(lambda x, w, b: F.layer_norm(x, shape, w, b), x, w, b, lambda x, w, b: oracle(x, (1, 2), w, b)[0], scale=50)
+
+
+@pytest.mark.parametrize("kind", ["expanded", "channels_last", "transposed", "sliced"])
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("name", ["batch", "group"])
+def test_strides_of_dy(kind: str, which: str, name: str, device: torch.device) -> None:
+    shape = (2, 4, 3, 3)
+    x, w = torch.randn(shape, device=device, requires_grad=True), torch.randn(4, device=device, requires_grad=True)
+    dy = {
+        "expanded": torch.ones((), device=device).expand(shape),
+        "channels_last": torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last),
+        "transposed": torch.randn(shape, device=device).transpose(2, 3),
+        "sliced": torch.randn(2, 4, 6, 6, device=device)[..., ::2, ::2],
+    }[kind]
+    ex, ew = leaf(x), leaf(w)
+    with engine(which):
+        if name == "batch":
+            y = F.batch_norm(x, None, None, w, None, True, activation="silu")
+            ref, _ = oracle(ex, (0, 2, 3), ew.view(4, 1, 1), activation="silu")
+        else:
+            y = F.group_norm(x, 2, w, activation="silu")
+            ref, _ = oracle(ex, (2, 3, 4), ew.view(4, 1, 1), groups=2, activation="silu")
+        got = torch.autograd.grad(y, [x, w], dy)
+    for n, g, e in zip(("dx", "dw"), got, torch.autograd.grad(ref, [ex, ew], dy.double()), strict=True):
+        check(n, g, e)
+
+
+def test_sum_backward(device: torch.device) -> None:
+    x, b = torch.randn(3, 8, device=device, requires_grad=True), torch.zeros(8, device=device, requires_grad=True)
+    F.layer_norm(x, (8,), None, b, activation="silu").sum().backward()
+    ex, eb = leaf(x), leaf(b)
+    oracle(ex, (1,), None, eb, activation="silu")[0].sum().backward()
+    check("dx", x.grad, ex.grad)
+    check("db", b.grad, eb.grad)
+
+
+@pytest.mark.parametrize("axes", [(1,), (0, 2), (1, 2)], ids=str)
+def test_expanded_x(axes: tuple[int, ...], device: torch.device) -> None:
+    base = torch.randn(3, 1, 5, device=device, requires_grad=True)
+    x = base.expand(3, 4, 5)
+    w = torch.randn(4, 1, device=device)
+    y = normops.normalize(x, axes, w, eps=1e-1)
+    exact = leaf(base)
+    ref, _ = oracle(exact.expand(3, 4, 5), axes, w.double(), eps=1e-1)
+    dy = torch.randn(3, 4, 5, device=device)
+    check("y", y, ref, scale=10)  # over (1,) x is its mean: y is the rounding of the mean, times rstd = 3
+    (g,), (e,) = torch.autograd.grad(y, base, dy), torch.autograd.grad(ref, exact, dy.double())
+    assert (g.double() - e).abs().max() < 1e-4  # over (1,) the gradient vanishes: absolute, at terms of about 10
+
+
+def test_without_running_statistics(device: torch.device) -> None:
+    x = torch.randn(4, 3, 5, device=device)
+    check("batch", F.batch_norm(x, None, None, training=True), oracle(x.double(), (0, 2))[0])
+    check("instance", F.instance_norm(x), oracle(x.double(), (2,))[0])
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (0, 4)], ids=str)
+def test_empty_batch(shape: tuple[int, ...], device: torch.device) -> None:
+    x = torch.empty(shape, device=device, requires_grad=True)
+    w, b = (torch.ones(4, device=device, requires_grad=True) for _ in range(2))
+    rm, rv = torch.randn(4, device=device), torch.rand(4, device=device)
+    before = rm.clone(), rv.clone()
+    calls = [
+        lambda: F.batch_norm(x, rm, rv, w, b, True, 0.5), lambda: F.batch_norm(x, rm, rv, w, b, False),
+        lambda: F.group_norm(x, 2, w, b), lambda: normops.normalize(x, (1,), w.view(4, *(1,) * (len(shape) - 2))),
+    ]  # fmt: skip
+    if len(shape) == 4:
+        calls.append(lambda: F.instance_norm(x, rm, rv, w, b))
+    for call in calls:
+        y = call()
+        assert y.shape == shape and y.dtype == x.dtype
+        grads = torch.autograd.grad(y.sum(), [x, w, b], allow_unused=True)
+        assert grads[0] is not None and grads[0].shape == shape
+        for g in grads[1:]:
+            assert g is None or (g.shape == (4,) and not g.any()), "zero gradients"
+        assert torch.equal(rm, before[0]) and torch.equal(rv, before[1]), "an empty batch has no statistics"
+
+
+@pytest.mark.parametrize(("shape", "axes"), [((0, 5), (1,)), ((3, 0, 2), (2,)), ((0, 3), (1,)), ((2, 0), (0,))], ids=str)
+def test_no_groups(shape: tuple[int, ...], axes: tuple[int, ...], device: torch.device) -> None:
+    y, mean, rstd = normops.normalize(torch.empty(shape, device=device), axes, return_stats=True)
+    kept = tuple(n for i, n in enumerate(shape) if i not in axes)
+    assert y.shape == shape and mean.shape == kept and rstd.shape == kept
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
+def test_constant_input(value: float, which: str, device: torch.device) -> None:
+    x = torch.full((3, 4, 8), value, device=device, requires_grad=True)
+    with engine(which):
+        y = F.layer_norm(x, (8,))
+        assert not y.any(), "an exactly constant group has no deviation"
+        (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert dx.isfinite().all()
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("axes", [(1,), (0,), (0, 1)], ids=str)
+def test_large_mean(axes: tuple[int, ...], which: str, device: torch.device) -> None:
+    """The mean is 1e5 deviations.  x is exact in both; the mean is rounded to fp32, off by up to an ulp, 1.2e-7 · 1e5
+    = 0.012 deviations, which is the condition of x - mean; a one-pass E[x²] - E[x]² would be off by 1e3 deviations."""
+    x = torch.randn(8, 40, device=device) + 1e5
+    with engine(which):
+        y = normops.normalize(x, axes)
+    ref, _ = oracle(x.double(), axes)
+    assert (y.double() - ref).abs().max() < 1.2e-7 * 1e5 * 2
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_row(bad: float, which: str, device: torch.device) -> None:
+    x = torch.randn(6, 3, 5, device=device)
+    x[2, 1, 3] = bad
+    x.requires_grad_()
+    with engine(which):
+        y = F.layer_norm(x, (3, 5))
+        (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    others = [0, 1, 3, 4, 5]
+    for t in (y, dx):
+        assert t[2].isnan().any() and t[others].isfinite().all()
+
+
+@pytest.mark.parametrize("axes", [(0,), (1,), (2,), (3,), (1, 2), (0, 3), (0, 1, 2, 3)], ids=str)
+def test_axes_of_size_one(axes: tuple[int, ...], device: torch.device) -> None:
+    for shape in ((1, 4, 1, 5), (3, 1, 1, 1)):
+        x = torch.randn(shape, device=device, requires_grad=True)
+        exact = leaf(x)
+        y, mean, _ = normops.normalize(x, axes, return_stats=True)
+        ref, _ = oracle(exact, axes)
+        dy = torch.randn(shape, device=device)
+        assert mean.shape == tuple(n for i, n in enumerate(shape) if i not in axes)
+        assert torch.allclose(y.double(), ref, atol=1e-5)
+        (g,), (e,) = torch.autograd.grad(y, x, dy), torch.autograd.grad(ref, exact, dy.double())
+        assert torch.allclose(g.double(), e, atol=1e-4)
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("axes", [(0, 2), (1,), (1, 2)], ids=str)
+def test_deterministic(axes: tuple[int, ...], which: str, device: torch.device) -> None:
+    x = torch.randn(5, 6, 7, device=device, requires_grad=True)
+    w = torch.randn(6, 1, device=device, requires_grad=True)
+    dy = torch.randn(5, 6, 7, device=device)
+    runs = []
+    with engine(which):
+        for _ in range(2):
+            y = normops.normalize(x, axes, w, activation="gelu")
+            runs.append((y, *torch.autograd.grad(y, [x, w], dy)))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("width", [8, 37, 300])
+def test_batch_invariance(width: int, which: str, device: torch.device) -> None:
+    """The bits of a row do not depend on how many other rows there are, or what they hold."""
+    x = torch.randn(9, width, device=device)
+    dy = torch.randn(9, width, device=device)
+
+    def run(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        part = x[rows].clone().requires_grad_()
+        y = F.layer_norm(part, (width,))
+        return y, torch.autograd.grad(y, part, dy[rows])[0]
+
+    with engine(which):
+        whole = run(slice(0, 9))
+        for rows in (slice(0, 1), slice(4, 5), slice(3, 8)):
+            for all_rows, few in zip(whole, run(rows), strict=True):
+                assert torch.equal(all_rows[rows], few)
+
+
+def test_in_place_modification_raises(device: torch.device) -> None:
+    base = torch.randn(3, 8, device=device, requires_grad=True)
+    x = base * 1
+    y = F.layer_norm(x, (8,))
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_no_grad(device: torch.device) -> None:
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    with torch.no_grad():
+        y = F.layer_norm(x, (8,))
+    assert not y.requires_grad and torch.equal(y, F.layer_norm(x, (8,)))
+
+
+def test_double_backward_raises(device: torch.device) -> None:
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    dy = torch.randn(3, 8, device=device, requires_grad=True)
+    (g,) = torch.autograd.grad(F.layer_norm(x, (8,)), x, dy, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.square().sum().backward()
+
+
+def test_gradient_penalty_raises(device: torch.device) -> None:
+    """The usual second derivative: dy is a constant, and another term hides that the penalty has no graph."""
+    x = torch.randn(3, 8, device=device, requires_grad=True)
+    loss = F.layer_norm(x, (8,), activation="silu").sum()
+    with pytest.raises(RuntimeError):
+        (g,) = torch.autograd.grad(loss, x, create_graph=True)
+        (x.square().sum() + g.square().sum()).backward()
+
+
+def test_inputs_are_left_alone(device: torch.device) -> None:
+    x, pre, post = (laid_out((2, 4, 3, 3), f, torch.float32, device) for f in ("sliced", "permuted", "channels_last"))
+    w = torch.randn(4, device=device)
+    before = [t.clone() for t in (x, pre, post, w)]
+    F.group_norm(x, 2, w, w, activation="silu", pre_add=pre, post_add=post)
+    assert all(torch.equal(a, b) for a, b in zip((x, pre, post, w), before, strict=True))
+
+
+def test_cpu_without_interpreter_runs_the_reference() -> None:
+    script = """
+import torch
+from normops import autograd, functional as F
+x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
+assert not autograd.uses_kernels(x)
+rm, rv, tm, tv = torch.zeros(8), torch.ones(8), torch.zeros(8), torch.ones(8)
+y = F.batch_norm(x, rm, rv, w, None, True, activation="silu")
+ref = torch.nn.functional.silu(torch.nn.functional.batch_norm(x, tm, tv, w, None, True))
+torch.testing.assert_close(y, ref)
+torch.testing.assert_close((rm, rv), (tm, tv))
+for a, b in zip(torch.autograd.grad(y.square().sum(), [x, w]), torch.autograd.grad(ref.square().sum(), [x, w])):
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+torch.testing.assert_close(F.batch_norm(x, rm, rv, w), torch.nn.functional.batch_norm(x, rm, rv, w))
+torch.testing.assert_close(F.layer_norm(x, (8,), w), torch.nn.functional.layer_norm(x, (8,), w))
+print("reference")
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+    env |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "reference"

@@ -1,0 +1,202 @@
+"""What holds for every schedule, whatever its numbers: pure functions of layouts and of facts about devices."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+from math import prod
+
+import pytest
+
+from normops import schedule
+from normops.layout import Layout, coalesce, dense_strides, split
+from normops.schedule import A100, B200, H200, KNOWN, Device, Tile
+
+DEVICES = (A100, H200, B200)
+SIZES = [(2, 4), (4, 4), (8, 8)]  # bytes of an element, of an accumulator
+
+
+def layout(
+    factors: tuple[tuple[int, ...], ...], last: bool, reduced: tuple[int, ...], affine: tuple[int, ...]
+) -> Layout:
+    """The layout over a tensor (channels last if so) and its parameters."""
+    sizes = [prod(f) for f in factors]
+    strides = list(dense_strides(sizes))
+    if last:
+        order = [0, *range(2, len(sizes)), 1]
+        for i, stride in zip(order, dense_strides([sizes[i] for i in order]), strict=True):
+            strides[i] = stride
+    shape = tuple(n for f in factors for n in f)
+    w = dict(zip(affine, dense_strides([shape[i] for i in affine]), strict=True))
+    x = split(strides, factors)
+    return coalesce(shape, (x, x, tuple(w.get(i, 0) for i in range(len(shape)))), reduced, affine)
+
+
+def named(n: int, c: int, hw: int, affine: bool = True) -> dict[str, Layout]:
+    """The named norms for n samples of c channels of hw × hw (rows of c for the norms over the last axis)."""
+    nchw, groups = ((n,), (c,), (hw,), (hw,)), 8 if c % 8 == 0 else 1
+    grouped = ((n,), (groups, c // groups), (hw,), (hw,))
+
+    def a(*axes: int) -> tuple[int, ...]:
+        return axes if affine else ()
+
+    found = {"LayerNorm": layout(((n,), (hw,), (c,)), False, (2,), a(2))}
+    for last in (False, True):
+        name = "-last" if last else ""
+        found["LayerNorm2d" + name] = layout(nchw, last, (1,), a(1))
+        found["BatchNorm" + name] = layout(nchw, last, (0, 2, 3), a(1))
+        found["InstanceNorm" + name] = layout(nchw, last, (2, 3), a(1))
+        found["GroupNorm" + name] = layout(grouped, last, (2, 3, 4), a(1, 2))
+        found["AdaIN" + name] = layout(nchw, last, (2, 3), a(0, 1))
+    found["five axes"] = layout(((n,), (c,), (2,), (hw,), (3,)), False, (0, 2, 4), a(1))
+    return found
+
+
+DIMENSIONS = [
+    (2, 3, 1), (2, 8, 4), (3, 7, 5), (16, 64, 8), (32, 96, 14), (64, 256, 56),
+    (7, 1000, 3), (2, 32, 256), (4096, 4096, 1), (2, 100_000, 1), (3, 1 << 22, 1),
+]  # fmt: skip
+LAYOUTS = [
+    pytest.param(found, id=f"{name}-{n}x{c}x{hw}-{'affine' if affine else 'plain'}")
+    for (n, c, hw), affine in product(DIMENSIONS, (True, False))
+    for name, found in named(n, c, hw, affine).items()
+]
+
+
+def power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+def check_tile(tile: Tile) -> None:
+    assert all(map(power_of_two, (tile.k, tile.a, tile.s, tile.warps)))
+    assert 1 <= tile.warps <= 16
+    assert tile.elements == tile.k * tile.a * tile.s
+
+
+def tiles(found: Layout, itemsize: int, acc: int) -> list[Tile]:
+    """Every tile that launch.py asks for."""
+    limits = schedule.limits()
+    whole = [
+        schedule.whole_groups(found, itemsize, acc, limits.forward, limits.tile, 1024),
+        schedule.whole_groups(found, itemsize, acc, limits.backward, limits.grad_tile, 512),
+        schedule.whole_groups(found, itemsize, acc, limits.backward_affine, limits.grad_tile, 512),
+    ]
+    streams = [
+        schedule.stream(found, itemsize, acc, limits.tile, 1024),
+        schedule.stream(found, itemsize, acc, limits.grad_tile, 512),
+    ]
+    return [tile for tile in whole if tile is not None] + streams
+
+
+@pytest.mark.parametrize("found", LAYOUTS)
+def test_whole_groups_cover_the_group_within_the_limit(found: Layout) -> None:
+    limits = schedule.limits()
+    for itemsize, acc in SIZES:
+        for limit, pack in ((limits.forward, limits.tile), (limits.backward, limits.grad_tile), (64, 64), (0, 64)):
+            tile = schedule.whole_groups(found, itemsize, acc, limit, pack, 1024)
+            if tile is None:
+                # A group that fills no line of memory may be refused for the groups beside it, never for less.
+                rows = max(1, limits.line_bytes // itemsize)
+                assert found.group * 4 * rows * acc // 4 > limit
+                continue
+            check_tile(tile)
+            assert tile.a >= found.extent("a") and tile.s >= found.extent("s")
+            assert tile.a < 2 * found.extent("a") and tile.s < 2 * found.extent("s")
+            assert tile.elements * acc <= max(limit, pack) * 4
+            assert tile.along_m == schedule.along_m(found)
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("dimensions", DIMENSIONS, ids=str)
+def test_tiles_of_rows_do_not_depend_on_the_batch(dimensions: tuple[int, int, int], affine: bool) -> None:
+    _, c, hw = dimensions
+    batches = [named(n, c, hw, affine) for n in (2, 3, 17, 4096)]
+    for name in batches[0]:
+        # These average over the batch; and a group of one element has no sum whose order could matter.
+        if "BatchNorm" in name or name == "five axes" or batches[0][name].group == 1:
+            continue
+        for itemsize, acc in SIZES:
+            found = [tiles(batch[name], itemsize, acc) for batch in batches]
+            assert all(f == found[0] for f in found), name
+            streams = [schedule.stream(b[name], itemsize, acc, schedule.limits().tile, 1024) for b in batches]
+            steps = {schedule.steps(b[name], tile) for b, tile in zip(batches, streams, strict=True)}
+            assert len(steps) == 1, name
+
+
+@pytest.mark.parametrize("found", LAYOUTS)
+def test_streams_stay_within_their_size(found: Layout) -> None:
+    for (itemsize, acc), elements in product(SIZES, (64, 2048, 4096)):
+        tile = schedule.stream(found, itemsize, acc, elements, 1024)
+        check_tile(tile)
+        assert tile.elements * acc <= elements * 4
+        assert tile.a < 2 * found.extent("a") and tile.s < 2 * found.extent("s")
+        assert tile.along_m == schedule.along_m(found)
+
+
+@pytest.mark.parametrize("found", LAYOUTS)
+def test_steps_bound_the_partial_results(found: Layout) -> None:
+    for (itemsize, acc), elements, most in product(SIZES, (64, 4096), (1, 7, 256)):
+        with schedule.forced(chunks=most):
+            tile = schedule.stream(found, itemsize, acc, elements, 1024)
+            steps = schedule.steps(found, tile)
+            assert steps >= 1
+            blocks_a = -(-found.extent("a") // tile.a)
+            chunks_s = -(-found.extent("s") // (tile.s * steps))
+            # Each block of a rounds up once: where there is one, the bound is exact.
+            assert chunks_s * blocks_a < most + blocks_a
+            # No more steps than needed.
+            assert steps == 1 or -(-found.extent("s") // tile.s) * blocks_a > most * (steps - 1)
+
+
+@pytest.mark.parametrize("found", LAYOUTS)
+@pytest.mark.parametrize("device", DEVICES, ids=lambda d: d.name)
+def test_parts_cover_the_rows_exactly(found: Layout, device: Device) -> None:
+    m = found.extent("m")
+    for itemsize, acc in SIZES:
+        for tile in tiles(found, itemsize, acc):
+            count, each = schedule.parts(found, tile, device)
+            blocks = -(-m // tile.k) if tile.along_m else m
+            assert count >= 1 and each >= 1
+            assert count * each >= blocks, "rows are left out"
+            assert (count - 1) * each < blocks, "a part is empty"
+            assert count <= device.num_sms * schedule.limits().warps_per_sm
+
+
+def test_parts_grow_with_the_device() -> None:
+    found = named(4096, 4096, 1)["LayerNorm"]
+    tile = schedule.whole_groups(found, 2, 4, schedule.limits().backward_affine, schedule.limits().grad_tile, 512)
+    assert tile is not None
+    counts = [schedule.parts(found, tile, replace(H200, num_sms=n))[0] for n in (1, 16, 64, 132)]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+
+
+def test_forced_restores() -> None:
+    before = schedule.limits()
+    with schedule.forced(forward=0, tile=64):
+        assert schedule.limits() == replace(before, forward=0, tile=64)
+        with schedule.forced(tile=32):
+            assert (schedule.limits().forward, schedule.limits().tile) == (0, 32)
+        assert schedule.limits() == replace(before, forward=0, tile=64)
+    assert schedule.limits() is before
+    with pytest.raises(KeyError), schedule.forced(forward=0):
+        raise KeyError
+    assert schedule.limits() is before
+    with pytest.raises(TypeError), schedule.forced(nonsense=1):
+        pass
+    assert schedule.limits() is before
+
+
+def test_forced_splits_every_group() -> None:
+    for case in LAYOUTS:
+        assert schedule.whole_groups(case.values[0], 2, 4, 0, 4096, 1024) is None
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 1023, 1024, 1025, 1 << 40])
+def test_next_power_of_2(n: int) -> None:
+    found = schedule.next_power_of_2(n)
+    assert power_of_two(found) and found >= n and (found == 1 or found // 2 < n)
+
+
+def test_known_devices() -> None:
+    assert set(KNOWN.values()) == set(DEVICES)
+    assert all(KNOWN[d.name] is d for d in DEVICES)
