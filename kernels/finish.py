@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .forward import finish_moments
 from .moments import count
-from .tile import extent, kept_block, offset, offsets, store
+from .tile import extent, kept_block, load, offset, offsets, store
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def finish_group(
         q = ((j // A) * groups + m * extent(SPACE, 1, N0) + c) * A + j % A
         v = 1.0
         if w_ptr is not None:
-            v = tl.load(w_ptr + offsets((m, c, j % A, 0), SPACE, W), mask=mask, other=0.0).to(ACC)
+            v = load(w_ptr, offsets((m, c, j % A, 0), SPACE, W), mask, ACC)
         t1 += v * tl.load(p1_ptr + q, mask=mask, other=0.0)
         if c0_ptr is not None:
             t0 += v * tl.load(p0_ptr + q, mask=mask, other=0.0)

@@ -62,7 +62,10 @@ def normalize(
 
 
 @triton.jit
-def chunk_of(i, chunks_s, SPACE: tl.constexpr, N0, KEPT_FIRST: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr):  # fmt: skip
+def chunk_of(
+    i, chunks_s, SPACE: tl.constexpr, N0, KEPT_FIRST: tl.constexpr,
+    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
     """The i-th program of a streaming grid -> block of groups, block of a, chunk of s.
 
     The grid is counted along the innermost axis in memory first: KEPT_FIRST says that it is a kept one.

@@ -5,10 +5,10 @@ import triton.language as tl
 
 
 @triton.jit
-def extent(SPACE: tl.constexpr, I: tl.constexpr, N0):
-    """Number of points along coordinate I (0 to 3: m, c, a, s); the size written 0 is N0."""
+def extent(SPACE: tl.constexpr, AXIS: tl.constexpr, N0):
+    """Number of points along coordinate AXIS (0 to 3: m, c, a, s); the size written 0 is N0."""
     # Elements of a nested tuple are constexpr again only once they are declared so.
-    SIZES: tl.constexpr = SPACE[I]
+    SIZES: tl.constexpr = SPACE[AXIS]
     if SIZES[0] == 0:
         n = N0
     else:
@@ -21,10 +21,10 @@ def extent(SPACE: tl.constexpr, I: tl.constexpr, N0):
 
 
 @triton.jit
-def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, I: tl.constexpr):
-    """Where point i along coordinate I lies in an operand; 0 where the operand does not vary."""
-    SIZES: tl.constexpr = SPACE[I]
-    STEPS: tl.constexpr = STRIDES[I]
+def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, AXIS: tl.constexpr):
+    """Where point i along coordinate AXIS lies in an operand; 0 where the operand does not vary."""
+    SIZES: tl.constexpr = SPACE[AXIS]
+    STEPS: tl.constexpr = STRIDES[AXIS]
     if len(STEPS) == 0:
         o = 0
     elif len(STEPS) == 1:
@@ -112,12 +112,15 @@ def reduced_s(start, SPACE: tl.constexpr, N0, BLOCK_S: tl.constexpr, WIDE: tl.co
 
 @triton.jit
 def load(ptr, o, mask, ACC: tl.constexpr):
-    return tl.load(ptr + o, mask=mask, other=0.0).to(ACC)
+    """Elements at offsets o, 0 outside the mask; o may be smaller than the mask where the operand does not vary."""
+    p, m = tl.broadcast(ptr + o, mask)
+    return tl.load(p, mask=m, other=0.0).to(ACC)
 
 
 @triton.jit
 def store(ptr, o, value, mask):
-    tl.store(ptr + o, value.to(ptr.dtype.element_ty), mask=mask)
+    p, m = tl.broadcast(ptr + o, mask)
+    tl.store(p, value.to(ptr.dtype.element_ty), mask=m)
 
 
 @triton.jit

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import launch, reference
 from .launch import Spec
@@ -35,7 +34,7 @@ class Normalize(torch.autograd.Function):
             options["mean"] = options["mean"].to(acc, copy=True)
             options["rstd"] = torch.rsqrt(options.pop("var").to(acc) + eps)
         y, total, mean, rstd = launch.forward(spec, x, weight, bias, pre_add, post_add, eps=eps, **options)
-        ctx.spec = spec
+        ctx.spec, ctx.eps = spec, eps
         ctx.set_materialize_grads(False)
         ctx.dtypes = (x.dtype, None if pre_add is None else pre_add.dtype)
         if needed:
@@ -48,7 +47,6 @@ class Normalize(torch.autograd.Function):
         return y, None if pre_add is None else total, *stats  # type: ignore[return-value]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
         total, weight, bias, post_add, mean, rstd = ctx.saved_tensors
         need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
@@ -58,6 +56,8 @@ class Normalize(torch.autograd.Function):
                 return (None,) * 8
             dy = torch.zeros((), dtype=total.dtype, device=total.device).expand(total.shape)
         identity = ctx.spec.activation == "identity"
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return _differentiable_backward(ctx, dy, dsum)
         dx, dw, db, dpost = launch.backward(
             ctx.spec, dy, dsum, total, weight, bias, post_add, mean, rstd,
             given=ctx.given, needs=(need_x or need_pre, need_w, need_b, need_post and not identity),
@@ -68,6 +68,36 @@ class Normalize(torch.autograd.Function):
             dx.to(x_dtype) if need_x and dx is not None else None, dw, db,
             dx.to(pre_dtype) if need_pre and dx is not None else None, dpost, None, None, None,
         )  # fmt: skip
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple[Any, ...]:
+    """The backward as a composition of PyTorch operations, through the reference: for second derivatives."""
+    total, weight, bias, post_add, mean, rstd = ctx.saved_tensors
+    need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
+    x_dtype, pre_dtype = ctx.dtypes
+    given = {"mean": mean, "var": rstd.double() ** -2 - ctx.eps} if ctx.given else {}
+    wanted = {
+        name: t
+        for name, t, needed in (
+            ("x", total, need_x or need_pre), ("weight", weight, need_w), ("bias", bias, need_b),
+            ("post", post_add, need_post),
+        )
+        if needed and t is not None
+    }  # fmt: skip
+    with torch.enable_grad():
+        y = _reference(total, weight, bias, None, post_add, ctx.spec, ctx.eps, **given)[0]
+        found = torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype), create_graph=True)
+        gradients = dict(zip(wanted, found, strict=True))
+        dx = gradients.get("x")
+        if dx is not None and dsum is not None:
+            dx = dx + dsum
+    dpost = gradients.get("post")
+    if need_post and post_add is None:  # identity: g is dy
+        dpost = dy.to(ctx.post_dtype)
+    return (
+        dx.to(x_dtype) if need_x and dx is not None else None, gradients.get("weight"), gradients.get("bias"),
+        dx.to(pre_dtype) if need_pre and dx is not None else None, dpost, None, None, None,
+    )  # fmt: skip
 
 
 def normalize(

@@ -240,7 +240,7 @@ def plan_backward(
 ) -> Plan:  # fmt: skip
     """Launches of a backward call; needs = (dx, dw, db, dpost); given: the statistics were constants."""
     layout, operands = shapes.layout(spec, spec.affine)
-    dx, dw, db, dpost = needs
+    dx, dw, db, _ = needs
     acc_bytes = acc.itemsize
     common = {
         "SPACE": layout.space, "ACC": tl.float64 if acc_bytes == 8 else tl.float32, "STAT": layout.statistics(),
@@ -253,6 +253,9 @@ def plan_backward(
     columns = layout.extent("c") * n_a
     launches: list[Launch] = []
     workspace: list[tuple[str, int]] = []
+
+    def sum_names(given: bool) -> tuple[str, str]:
+        return ("c1" if given else "", "c0" if given and spec.center else "")
 
     def finish_affine(rows: int) -> None:
         wide = 64 if columns >= 64 else schedule.next_power_of_2(columns)
@@ -269,7 +272,7 @@ def plan_backward(
         names = ("dw", "db") if direct else ("p1" if dw else "", "p0" if db else "")
         blocks = cdiv(layout.extent("c"), 1 if tile.along_m else tile.k) * cdiv(n_a, tile.a)
         launches.append(Launch(
-            kb.grad_normalize, blocks * count, (*reads, *(("c1", "c0" if spec.center else "") if sums else ("", "")), *writes, *names),
+            kb.grad_normalize, blocks * count, (*reads, *sum_names(sums), *writes, *names),
             (layout.outer, steps),
             {**common, **streams, **_kernel_tile(tile, layout), "CENTER": spec.center, "DIRECT": direct}, tile.warps,
         ))  # fmt: skip
@@ -316,7 +319,7 @@ def plan_backward(
         chunks_s = cdiv(n_s, tile.s)
         launches.append(Launch(
             kb.grad_apply, _kept_blocks(layout, tile.along_m, tile.k) * cdiv(n_a, tile.a) * chunks_s,
-            (*reads, *(("c1", "c0" if spec.center else "") if sums else ("", "")), *writes),
+            (*reads, *sum_names(sums), *writes),
             (layout.outer, chunks_s),
             {**common, **streams, **_kernel_tile(tile, layout), "KEPT_FIRST": _kept_first(layout)}, tile.warps,
         ))  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import pairwise
 from math import prod
 from typing import NamedTuple
 
@@ -98,7 +99,7 @@ class Layout:
             if not run.reduced:
                 found[run] = step
                 step *= run.size
-        result = tuple(tuple(found[r] for r in self.runs_of(letter)) for letter in "mc") + ((), ())
+        result = (*(tuple(found[r] for r in self.runs_of(letter)) for letter in "mc"), (), ())
         return result if any(result) else ((0,), (), (), ())
 
     def reach(self) -> int:
@@ -125,7 +126,7 @@ def follows(strides: Sequence[int], order: Sequence[int], shape: Sequence[int]) 
     """Whether strides never grow where `order` (the strides of another operand) shrinks: both walk memory alike."""
     axes = sorted((i for i, n in enumerate(shape) if n != 1), key=lambda i: -order[i])
     seen = [strides[i] for i in axes if strides[i] != 0]
-    return all(s > 0 for s in seen) and all(a >= b for a, b in zip(seen, seen[1:], strict=False))
+    return all(s > 0 for s in seen) and all(a >= b for a, b in pairwise(seen))
 
 
 @lru_cache(maxsize=4096)

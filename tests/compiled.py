@@ -13,9 +13,9 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "0"  # bench would turn it on, on a machine without a GPU
 
-from bench.cases import CASES, Case  # noqa: E402
-from bench.providers import by_normops  # noqa: E402
-from normops.virtual import VirtualLaunch, virtual_device  # noqa: E402
+from bench.cases import CASES, Case
+from bench.providers import by_normops
+from normops.virtual import VirtualLaunch, virtual_device
 
 # Kernels that read and write tensors of x's size; the finishing kernels touch partial results only.
 STREAMS = ("normalize", "statistics", "apply", "grad_normalize", "grad_statistics", "grad_apply")

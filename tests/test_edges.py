@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables)
 """Shapes, strides and values at the border of what a norm is defined for."""
 
 from __future__ import annotations
@@ -260,21 +261,30 @@ def test_no_grad(device: torch.device) -> None:
     assert not y.requires_grad and torch.equal(y, F.layer_norm(x, (8,)))
 
 
-def test_double_backward_raises(device: torch.device) -> None:
-    x = torch.randn(3, 8, device=device, requires_grad=True)
-    dy = torch.randn(3, 8, device=device, requires_grad=True)
-    (g,) = torch.autograd.grad(F.layer_norm(x, (8,)), x, dy, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        g.square().sum().backward()
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("constant_dy", [True, False])
+def test_second_derivative(activation: str | None, constant_dy: bool, device: torch.device) -> None:
+    """A gradient penalty, with pre_add and post_add, against float64."""
+    leaves = [torch.randn(s, device=device, dtype=torch.float64) for s in ((3, 8), (8,), (8,), (3, 8), (3, 8), (3, 8))]
 
+    def penalty(norm: Any) -> list[torch.Tensor]:
+        x, w, b, pre, post, dy = (t.clone().requires_grad_() for t in leaves)
+        y, total = norm(x, w, b, pre, post)
+        g = torch.autograd.grad(
+            [y, total], [x, w, post], [dy.detach() if constant_dy else dy, torch.ones_like(total)], create_graph=True
+        )
+        loss = x.square().sum() + sum(t.square().sum() for t in g)
+        return list(torch.autograd.grad(loss, [x, w, pre] + ([] if constant_dy else [dy])))
 
-def test_gradient_penalty_raises(device: torch.device) -> None:
-    """The usual second derivative: dy is a constant, and another term hides that the penalty has no graph."""
-    x = torch.randn(3, 8, device=device, requires_grad=True)
-    loss = F.layer_norm(x, (8,), activation="silu").sum()
-    with pytest.raises(RuntimeError):
-        (g,) = torch.autograd.grad(loss, x, create_graph=True)
-        (x.square().sum() + g.square().sum()).backward()
+    def ours(x: Any, w: Any, b: Any, pre: Any, post: Any) -> Any:
+        return F.layer_norm(x, (8,), w, b, pre_add=pre, post_add=post, activation=activation)
+
+    def torchs(x: Any, w: Any, b: Any, pre: Any, post: Any) -> Any:
+        y = torch.nn.functional.layer_norm(x + pre, (8,), w, b) + post
+        return (torch.nn.functional.silu(y) if activation else y), x + pre
+
+    for name, got, expected in zip(("x", "weight", "pre_add", "dy"), penalty(ours), penalty(torchs), strict=False):
+        check(name, got, expected)
 
 
 def test_inputs_are_left_alone(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from tests.tolerance import check, engine
 
 
 @pytest.fixture(params=["resident", "split"], autouse=True)
-def both_engines(request: pytest.FixtureRequest):  # noqa: ANN201
+def both_engines(request: pytest.FixtureRequest):
     with engine(request.param):
         yield
 

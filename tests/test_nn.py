@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (tables)
 """Modules beside torch.nn's: the same seed and state_dict, the same outputs, statistics, repr and copies."""
 
 from __future__ import annotations
