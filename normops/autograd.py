@@ -76,16 +76,15 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple
     need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
     x_dtype, pre_dtype = ctx.dtypes
     given = {"mean": mean, "var": rstd.double() ** -2 - ctx.eps} if ctx.given else {}
-    wanted = {
-        name: t
-        for name, t, needed in (
-            ("x", total, need_x or need_pre), ("weight", weight, need_w), ("bias", bias, need_b),
-            ("post", post_add, need_post),
-        )
-        if needed and t is not None
-    }  # fmt: skip
+    needed = {"x": need_x or need_pre, "weight": need_w, "bias": need_b, "post": need_post}
     with torch.enable_grad():
-        y = _reference(total, weight, bias, None, post_add, ctx.spec, ctx.eps, **given)[0]
+        # Aliases: x + pre_add is an output of this very node, which is busy while it runs.
+        alias: dict[str, Any] = {
+            name: None if t is None else t.view_as(t)
+            for name, t in (("x", total), ("weight", weight), ("bias", bias), ("post", post_add))
+        }
+        y = _reference(alias["x"], alias["weight"], alias["bias"], None, alias["post"], ctx.spec, ctx.eps, **given)[0]
+        wanted = {name: t for name, t in alias.items() if needed[name] and t is not None}
         found = torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype), create_graph=True)
         gradients = dict(zip(wanted, found, strict=True))
         dx = gradients.get("x")
