@@ -286,7 +286,7 @@ def plan_backward(
         steps = schedule.steps(layout, tile)
         chunks_s = cdiv(n_s, tile.s * steps)
         blocks_a = cdiv(n_a, tile.a)
-        both = not per_a or spec.center or db
+        both = spec.center or (per_a and db)
         launches.append(Launch(
             kb.grad_statistics, _kept_blocks(layout, tile.along_m, tile.k) * blocks_a * chunks_s,
             (*reads, *(writes if write else ("", "", "")), "p1", "p0" if both else ""),
@@ -327,8 +327,7 @@ def plan_backward(
     # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
     along_rows = n_s == 1 and n_a > 1
     limit = limits.backward_affine if along_rows and (dw or db) else limits.backward
-    extra = grad is not None or operands["DSUM"] is not ABSENT
-    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512, extra)
+    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512, extra=grad is not None)
     engine = "split"
     if given or not dx:
         if not (dw or db):
