@@ -139,11 +139,6 @@ def _kept_first(layout: Layout) -> bool:
     return bool(layout.runs) and not layout.runs[-1].reduced
 
 
-def _finish_blocks(layout: Layout) -> tuple[int, int]:
-    """(groups, partials) a finishing program takes at once: partials of neighbouring groups lie side by side."""
-    return (32, 32) if _kept_first(layout) else (4, 256)
-
-
 class _Shapes(NamedTuple):
     """Strides (in the split shape) of every operand that a direction touches; None where it is absent."""
 
@@ -210,7 +205,7 @@ def plan_forward(
              **{name: inputs[name] for name in ("X", "PRE", "SUM")}},
             tile.warps,
         ))  # fmt: skip
-        block_k, block_p = _finish_blocks(grouped)
+        block_k, block_p = schedule.finish_group_tile(_kept_first(grouped))
         launches.append(Launch(
             kf.finish_statistics, _kept_blocks(grouped, tile.along_m, block_k),
             ("part_mean", "part_m2", "mean", "rstd", "running_mean", "running_var"),
@@ -258,11 +253,11 @@ def plan_backward(
         return ("c1" if given else "", "c0" if given and spec.center else "")
 
     def finish_affine(rows: int) -> None:
-        wide = 64 if columns >= 64 else schedule.next_power_of_2(columns)
+        block_j, block_i = schedule.finish_affine_tile(columns)
         launches.append(Launch(
-            kf.finish_affine, cdiv(columns, wide), ("p1", "p0", "dw", "db"), (layout.outer, rows),
+            kf.finish_affine, cdiv(columns, block_i), ("p1", "p0", "dw", "db"), (layout.outer, rows),
             {"SPACE": common["SPACE"], "ACC": common["ACC"], "W": operands["W"],
-             "BLOCK_J": 32, "BLOCK_I": wide}, 4,
+             "BLOCK_J": block_j, "BLOCK_I": block_i}, 4,
         ))  # fmt: skip
 
     def walk(tile: Tile, sums: bool) -> None:
@@ -300,7 +295,7 @@ def plan_backward(
         return partials
 
     def finish_group(partials: int, per_a: bool) -> None:
-        block_k, block_p = _finish_blocks(layout)
+        block_k, block_p = schedule.finish_group_tile(_kept_first(layout))
         m = schedule.along_m(layout)
         constants = {
             **common, "W": operands["W"], "A": n_a if per_a else 1,

@@ -186,3 +186,14 @@ def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
     wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each
+
+
+def finish_group_tile(kept_first: bool) -> tuple[int, int]:
+    """(groups, partials) a finishing program takes at once: a square where partials of neighbouring groups lie side by
+    side, else few groups with all their partials (see Limits.chunks) in one step."""
+    return (32, 32) if kept_first else (4, 256)
+
+
+def finish_affine_tile(columns: int) -> tuple[int, int]:
+    """(rows, columns) of partial dw, db taken at once: whole lines of fp32, 16 values a thread."""
+    return 32, min(64, next_power_of_2(columns))
