@@ -112,12 +112,11 @@ def _line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
 
 
 def vector(layout: Layout, itemsize: int) -> int:
-    """Elements of one access: what 16 bytes hold, as far as the innermost extent and the strides allow."""
+    """Elements of one access to the output: what 16 bytes hold, as far as its innermost extent and strides allow."""
     inner = layout.runs[-1] if layout.runs else None
     if inner is None:
         return 1
-    strides = [abs(stride) for run in layout.runs[:-1] for stride in run.strides]
-    return gcd(16 // itemsize, inner.size, *strides)
+    return gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in layout.runs[:-1]))
 
 
 def warps(elements: int, per_warp: int) -> int:

@@ -200,3 +200,12 @@ def test_next_power_of_2(n: int) -> None:
 def test_known_devices() -> None:
     assert set(KNOWN.values()) == set(DEVICES)
     assert all(KNOWN[d.name] is d for d in DEVICES)
+
+
+def test_parameters_do_not_narrow_a_tile() -> None:
+    """The weight of a BatchNorm has stride 1 along channels; the width of an access to x is not its business."""
+    x, w = (3136 * 64, 3136, 56, 1), (0, 1, 0, 0)
+    layout = coalesce((32, 64, 56, 56), (x, x, w), (0, 2, 3), (1,))
+    assert schedule.vector(layout, 2) == 8
+    odd = coalesce((32, 64, 7, 7), ((49 * 64, 49, 7, 1),), (0, 2, 3), (1,))
+    assert schedule.vector(odd, 2) == 1
