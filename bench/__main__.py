@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .cases import select
-from .evidence import console
+from .common import console
 from .plot import plot
 from .timing import time_all
 from .train import train as train_all

@@ -9,7 +9,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .evidence import load
+from .common import load
 
 COLOURS = {"bf16": "tab:blue", "fp16": "tab:orange", "fp32": "tab:green", "fp64": "tab:red"}
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from . import providers
 from .cases import Case, select
-from .evidence import console, progress_bar, save
+from .common import console, progress_bar, save
 from .verify import shape_of
 
 ROTATE = 200 * 2**20

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import normops.nn
 
-from .evidence import console, run_all, save
+from .common import console, run_all, save
 
 STEPS, BATCH, HELD_OUT = 12, 32, 64
 BOUND = 1e-4

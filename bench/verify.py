@@ -16,7 +16,7 @@ from normops import schedule
 
 from . import providers
 from .cases import Case, select
-from .evidence import console, run_all, save
+from .common import console, run_all, save
 
 LARGEST = 2**26
 """Elements of x on a GPU (float64 references take eight bytes each): larger batches are cut."""
