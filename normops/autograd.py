@@ -6,76 +6,82 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import launch, reference
-from .launch import Spec
+from .launch import Call, Spec
+from .layout import split
 
-
-def uses_kernels(x: Tensor) -> bool:
-    """CUDA tensors run the Triton kernels, CPU tensors only in Triton's interpreter."""
-    return x.device.type == "cuda" or (x.device.type == "cpu" and launch.INTERPRETED)
+NOTHING = (None,) * 8
 
 
 class Normalize(torch.autograd.Function):
-    """(y, sum, mean, rstd) of one call.  Saves x (or the sum), the parameters and the statistics: the pre-activation
-    is computed again in the backward."""
+    """y, or (y, sum) with pre_add.  Saves x (or the sum), the parameters and the statistics: the pre-activation is
+    computed again in the backward.  The statistics are left in ``options["saved"]``: no gradient flows through them."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
-        post_add: Tensor | None, spec: Spec, eps: float, options: dict[str, Any],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        ctx.given = options.get("var") is not None
-        needed = any(ctx.needs_input_grad)
-        if ctx.given and needed:
-            # Copies, as running statistics may move on before the backward.
-            acc = launch.accumulator(x.dtype)
-            options = dict(options)
-            options["mean"] = options["mean"].to(acc, copy=True)
-            options["rstd"] = torch.rsqrt(options.pop("var").to(acc) + eps)
-        y, total, mean, rstd = launch.forward(spec, x, weight, bias, pre_add, post_add, eps=eps, **options)
-        ctx.spec, ctx.eps = spec, eps
+        post_add: Tensor | None, call: Call, eps: float, options: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        if call.given:
+            options = {"saved": _given(call, options["mean"], options["var"], eps)}
+        y, total, saved = launch.forward(call, x, weight, bias, pre_add, post_add, eps, **options)
+        options["saved"] = saved
+        ctx.call, ctx.eps = call, eps
         ctx.set_materialize_grads(False)
-        ctx.dtypes = (x.dtype, None if pre_add is None else pre_add.dtype)
-        if needed:
-            plain = spec.activation == "identity"
-            ctx.has_post = post_add is not None
-            ctx.save_for_backward(total, weight, bias, None if plain else post_add, mean, rstd)
-            ctx.post_dtype = None if post_add is None else post_add.dtype
-        stats = (None, None) if ctx.given else (mean, rstd)
-        ctx.mark_non_differentiable(*(t for t in stats if t is not None))
-        return y, None if pre_add is None else total, *stats  # type: ignore[return-value]
+        ctx.save_for_backward(total, weight, bias, saved, None if call.plain else post_add)
+        return y if pre_add is None else (y, total)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:  # type: ignore[override]
-        total, weight, bias, post_add, mean, rstd = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Any, ...]:  # type: ignore[override]
+        call = ctx.call
+        total, weight, bias, saved, post_add = ctx.saved_tensors
         need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
-        x_dtype, pre_dtype = ctx.dtypes
+        x_dtype, pre_dtype, post_dtype = call.dtypes
         if dy is None:
             if dsum is None:
-                return (None,) * 8
-            dy = torch.zeros((), dtype=total.dtype, device=total.device).expand(total.shape)
-        identity = ctx.spec.activation == "identity"
+                return NOTHING
+            dy = torch.zeros((), dtype=x_dtype, device=total.device).expand(total.shape)
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return _differentiable_backward(ctx, dy, dsum)
+        plain = call.plain
         dx, dw, db, dpost = launch.backward(
-            ctx.spec, dy, dsum, total, weight, bias, post_add, mean, rstd,
-            given=ctx.given, needs=(need_x or need_pre, need_w, need_b, need_post and not identity),
+            call, dy, dsum, total, weight, bias, post_add, saved,
+            (need_x or need_pre, need_w, need_b, need_post and not plain),
         )  # fmt: skip
-        if need_post and identity:
-            dpost = dy.to(ctx.post_dtype)
-        return (
-            dx.to(x_dtype) if need_x and dx is not None else None, dw, db,
-            dx.to(pre_dtype) if need_pre and dx is not None else None, dpost, None, None, None,
-        )  # fmt: skip
+        if need_post and plain:  # g is dy
+            dpost = dy.to(post_dtype)
+        dpre = None if dx is None or not need_pre else dx.to(pre_dtype)
+        if not need_x:
+            dx = None
+        elif pre_dtype is not None and dx is not None:
+            dx = dx.to(x_dtype)
+        return dx, dw, db, dpre, dpost, None, None, None
+
+
+# Function.apply looks for transforms of torch.func first and costs as much again as what it calls.
+_apply = super(torch.autograd.Function, Normalize).apply
+
+
+def _given(call: Call, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """Given statistics in the form of those of x.  A copy, as running statistics may move on before the backward."""
+    saved = torch.empty(call.saved_elements, dtype=call.acc, device=mean.device)
+    saved[: mean.numel()].copy_(mean)
+    torch.rsqrt(var.to(call.acc) + eps, out=saved[call.rstd_at :])
+    return saved
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple[Any, ...]:
     """The backward as a composition of PyTorch operations, through the reference: for second derivatives."""
-    total, weight, bias, post_add, mean, rstd = ctx.saved_tensors
+    call = ctx.call
+    total, weight, bias, saved, post_add = ctx.saved_tensors
     need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
-    x_dtype, pre_dtype = ctx.dtypes
-    given = {"mean": mean, "var": rstd.double() ** -2 - ctx.eps} if ctx.given else {}
+    x_dtype, pre_dtype, post_dtype = call.dtypes
+    given = {}
+    if call.given:
+        mean, rstd = statistics(call, saved)
+        given = {"mean": mean, "var": rstd.double() ** -2 - ctx.eps}
     needed = {"x": need_x or need_pre, "weight": need_w, "bias": need_b, "post": need_post}
     with torch.enable_grad():
         # Aliases: x + pre_add is an output of this very node, which is busy while it runs.
@@ -83,7 +89,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple
             name: None if t is None else t.view_as(t)
             for name, t in (("x", total), ("weight", weight), ("bias", bias), ("post", post_add))
         }
-        y = _reference(alias["x"], alias["weight"], alias["bias"], None, alias["post"], ctx.spec, ctx.eps, **given)[0]
+        y = _reference(alias["x"], alias["weight"], alias["bias"], None, alias["post"], call.spec, ctx.eps, **given)[0]
         wanted = {name: t for name, t in alias.items() if needed[name] and t is not None}
         found = torch.autograd.grad(y, tuple(wanted.values()), dy.to(y.dtype), create_graph=True)
         gradients = dict(zip(wanted, found, strict=True))
@@ -92,7 +98,7 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple
             dx = dx + dsum
     dpost = gradients.get("post")
     if need_post and post_add is None:  # identity: g is dy
-        dpost = dy.to(ctx.post_dtype)
+        dpost = dy.to(post_dtype)
     return (
         dx.to(x_dtype) if need_x and dx is not None else None, gradients.get("weight"), gradients.get("bias"),
         dx.to(pre_dtype) if need_pre and dx is not None else None, dpost, None, None, None,
@@ -100,35 +106,60 @@ def _differentiable_backward(ctx: Any, dy: Tensor, dsum: Tensor | None) -> tuple
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None,
-    spec: Spec, eps: float, **options: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> y, sum (None without pre_add), mean, rstd (None where given, mean None for RMS), statistics in the split
-    shape with reduced axes of size 1."""
-    shape = spec.shape
-    if not uses_kernels(x) or x.numel() == 0:
-        return _reference(x, weight, bias, pre_add, post_add, spec, eps, **options)
-    contiguous = (t if t is None or t.is_contiguous() else t.contiguous() for t in (weight, bias))
-    y, total, mean, rstd = Normalize.apply(x, *contiguous, pre_add, post_add, spec, eps, options)
-    running = (options.get("running_mean"), options.get("running_var"))
-    for t in running:
-        if t is not None:
-            torch.autograd.graph.increment_version(t)
-    return y, total, _statistic(mean, y, shape, spec), _statistic(rstd, y, shape, spec)
+    call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
+    post_add: Tensor | None, eps: float, options: dict[str, Any],
+) -> Any:  # fmt: skip
+    """-> y, or (y, sum) with pre_add; the statistics of x are left in ``options["saved"]``, see :func:`statistics`.
+
+    Options: `mean` and `var` (of a call with given statistics), or `running_mean`, `running_var` and `momentum`.
+    """
+    eps = float(eps)
+    weight_shape = call.axes.weight_shape
+    if weight_shape is not None:
+        weight, bias = (None if t is None else t.expand(weight_shape) for t in (weight, bias))
+    if pre_add is not None and pre_add.shape != x.shape:
+        pre_add = pre_add.expand(x.shape)
+    if post_add is not None and post_add.shape != x.shape:
+        post_add = post_add.expand(x.shape)
+    if not call.kernels:
+        out, total, *options["saved"] = _reference(x, weight, bias, pre_add, post_add, call.spec, eps, **options)
+        return out if pre_add is None else (out, total)
+    if weight is not None and not weight.is_contiguous():
+        weight = weight.contiguous()
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    if torch._C._are_functorch_transforms_active():
+        y = Normalize.apply(x, weight, bias, pre_add, post_add, call, eps, options)
+    elif forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _needed(x, weight, bias, pre_add, post_add)):
+        y = _apply(x, weight, bias, pre_add, post_add, call, eps, options)
+    else:
+        out, total, options["saved"] = launch.forward(call, x, weight, bias, pre_add, post_add, eps, **options)
+        y = out if pre_add is None else (out, total)
+    if "running_mean" in options:
+        torch.autograd.graph.increment_version((options["running_mean"], options["running_var"]))
+    return y
 
 
-def _statistic(t: Tensor | None, y: Tensor, shape: tuple[int, ...], spec: Spec) -> Tensor | None:
-    """Kernels write statistics in the memory order of the kept axes: give them their shape."""
-    if t is None:
-        return None
-    order = launch.split(y.stride(), spec.factors)
+def _needed(*tensors: Tensor | None) -> bool:
+    """Whether any gradient may be asked for."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def statistics(call: Call, saved: Any) -> tuple[Tensor | None, Tensor]:
+    """mean (None for RMS) and rstd in the split shape with reduced axes of size 1, from ``options["saved"]``."""
+    if isinstance(saved, list):  # the reference's
+        mean, rstd = saved
+        return mean, rstd
+    spec, shape = call.spec, call.spec.shape
+    order = split(call.order, spec.factors)
     strides = [0] * len(shape)
     step = 1
     for i in sorted((i for i, n in enumerate(shape) if n != 1 and i not in spec.reduced), key=lambda i: order[i]):
         strides[i] = step
         step *= shape[i]
     sizes = tuple(1 if i in spec.reduced else n for i, n in enumerate(shape))
-    return t.as_strided(sizes, strides)
+    mean = saved.as_strided(sizes, strides, saved.storage_offset()) if spec.center else None
+    return mean, saved.as_strided(sizes, strides, saved.storage_offset() + call.rstd_at)
 
 
 def _reference(

@@ -1,88 +1,65 @@
 """Functions: ``normalize`` over any axes, and the named norms with ``torch.nn.functional``'s signatures.
 
-A named norm says which axes are averaged over and which carry parameters, and nothing else.
+A named norm says which axes are averaged over and which carry parameters, and nothing else.  What shapes, strides,
+dtypes and options decide about a call is checked and planned when such a call comes first, and looked up from then on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import activations, autograd
-from .launch import DTYPES, Spec
-from .pattern import parse
+from . import activations, autograd, checks, launch, schedule
+from .checks import Axes, Operands
+from .launch import Call
+from .plan import Spec
+
+NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
 
 
-def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x must be of dtype float16, bfloat16, float32 or float64, got {x.dtype}")
-    for name, t in others.items():
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a Tensor or None, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(f"expected {name} on the device of x, {x.device}, got {t.device}")
-
-
-def _expanded(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
-    if t is None or t.shape == x.shape:
-        return t
+def _call(
+    check: Callable[..., Axes], options: tuple[Any, ...], activation: str | None, x: Tensor, weight: Tensor | None,
+    bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, center: bool = True, given: bool = False,
+) -> Call:  # fmt: skip
+    """The call that these operands make.  Where it was not met before, ``check(operands, *options)`` runs first."""
     try:
-        return t.expand(x.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"{name} must broadcast to the shape of x, {tuple(x.shape)}, got shape {tuple(t.shape)}"
-        ) from None
-
-
-def _run(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[tuple[int, ...]],
-    reduced: Sequence[int], affine: Sequence[int], eps: float, *, center: bool = True, activation: str | None = None,
-    pre_add: Tensor | None = None, post_add: Tensor | None = None, **options: Any,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    _check_tensors(x, weight=weight, bias=bias, pre_add=pre_add, post_add=post_add)
-    has_affine = weight is not None or bias is not None
-    spec = Spec(
-        tuple(factors), tuple(reduced), tuple(affine) if has_affine else (), center, activations.check(activation)
-    )
-    pre_add, post_add = _expanded("pre_add", pre_add, x), _expanded("post_add", post_add, x)
-    return autograd.normalize(x, weight, bias, pre_add, post_add, spec, eps, **options)
-
-
-def _with_sum(y: Tensor, total: Tensor | None) -> Any:
-    return y if total is None else (y, total)
-
-
-def _broadcast(name: str, t: Tensor, shape: torch.Size) -> tuple[int, ...]:
-    """The shape of a parameter as axes of x; RuntimeError if it does not broadcast against x."""
-    sizes = (1,) * (len(shape) - t.dim()) + tuple(t.shape)
-    if len(sizes) != len(shape) or any(s not in (1, n) for s, n in zip(sizes, shape, strict=True)):
-        raise RuntimeError(f"{name} must broadcast against x of shape {tuple(shape)}, got shape {tuple(t.shape)}")
-    return sizes
-
-
-def _reduced_axes(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
-    if not axes:
-        raise ValueError("axes must name at least one axis, got ()")
-    for axis in axes:
-        if not isinstance(axis, int):
-            raise TypeError(f"axes must be ints or a pattern, got {axis!r}")
-        if not -rank <= axis < rank:
-            raise IndexError(f"axes out of range: expected each in [{-rank}, {rank - 1}], got {axis}")
-    found = tuple(axis % rank for axis in axes)
-    if len(set(found)) != len(found):
-        raise RuntimeError(f"axes must be distinct, got {axes} for a tensor of rank {rank}")
-    return tuple(sorted(found))
+        key = (
+            check, options, activation, center, given, schedule.limits(), x.shape, x.stride(), x.dtype, x.device,
+            None if weight is None else (weight.shape, weight.stride(), weight.dtype, weight.device),
+            None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
+            None if pre_add is None else (pre_add.shape, pre_add.stride(), pre_add.dtype, pre_add.device),
+            None if post_add is None else (post_add.shape, post_add.stride(), post_add.dtype, post_add.device),
+            None if running_mean is None else (
+                running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
+                running_mean.requires_grad,
+            ),
+            None if running_var is None else (
+                running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
+                running_var.requires_grad,
+            ),
+        )  # fmt: skip
+        found = launch.calls.get(key)
+        if found is not None:
+            return found
+    except (AttributeError, TypeError):  # not a tensor, or nothing to hash: the checks say what it is
+        key = None
+    operands = Operands(x, weight, bias, pre_add, post_add, running_mean, running_var)
+    checks.tensors(operands)
+    axes = check(operands, *options)
+    if axes.weight_shape is not None:
+        weight, bias = (None if t is None else t.expand(axes.weight_shape) for t in (weight, bias))
+    pre_add, post_add = checks.expanded("pre_add", pre_add, x), checks.expanded("post_add", post_add, x)
+    affine = axes.affine if weight is not None or bias is not None else ()
+    spec = Spec(axes.factors, axes.reduced, affine, center, activations.check(activation))
+    call = Call(spec, axes, x, weight, bias, pre_add, post_add, given)
+    if key is not None:
+        launch.remember(key, call)
+    return call
 
 
 def normalize(
@@ -133,79 +110,21 @@ def normalize(
     >>> normops.normalize(torch.randn(2, 6, 5), "n (g c) l -> n g", g=3).shape
     torch.Size([2, 6, 5])
     """
-    _check_tensors(x, weight=weight, bias=bias, pre_add=pre_add, post_add=post_add)
-    if isinstance(axes, str):
-        pattern = parse(axes, tuple(x.shape), affine, lengths)
-        factors, reduced, stat_axes = pattern.factors, pattern.reduced, pattern.stat_axes
-        stat_shape = pattern.stat_shape
-    else:
-        if lengths or affine is not None:
-            extra = "affine" if affine is not None else next(iter(lengths))
-            raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}")
-        if x.dim() == 0:
-            raise RuntimeError("x must have at least one axis, got a tensor of rank 0")
-        factors = tuple((n,) for n in x.shape)
-        reduced = _reduced_axes(axes, x.dim())
-        stat_axes = tuple(i for i in range(x.dim()) if i not in reduced)
-        stat_shape = tuple(x.shape[i] for i in stat_axes)
-    if isinstance(axes, str) and affine is not None:
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and tuple(t.shape) != pattern.affine_shape:
-                raise RuntimeError(
-                    f"{name} must have shape {pattern.affine_shape} for affine={affine!r}, got {tuple(t.shape)}"
-                )
-        affine_axes = pattern.affine_axes
-    else:
-        weight, bias, affine_axes = _broadcast_affine(x, weight, bias, factors)
-    y, total, mean, rstd = _run(
-        x, weight, bias, factors, reduced, affine_axes, eps, center=center, activation=activation,
-        pre_add=pre_add, post_add=post_add,
+    key = tuple(axes) if isinstance(axes, list) else axes
+    call = _call(
+        checks.normalize, (key, affine, tuple(lengths.items())), activation, x, weight, bias, pre_add, post_add,
+        center=center,
     )  # fmt: skip
-    out = (y,) if total is None else (y, total)
-    if return_stats:
-        order = (*stat_axes, *reduced)
-        out = (*out, *(None if t is None else t.permute(order).reshape(stat_shape) for t in (mean, rstd)))
-    return out[0] if len(out) == 1 else out
-
-
-def _broadcast_affine(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[tuple[int, ...]]
-) -> tuple[Tensor | None, Tensor | None, tuple[int, ...]]:
-    """Parameters that broadcast against x, brought to one shape, and the (split) axes along which they vary."""
-    sizes = [_broadcast(name, t, x.shape) for name, t in (("weight", weight), ("bias", bias)) if t is not None]
-    if not sizes:
-        return None, None, ()
-    union = tuple(max(s) if 0 not in s else 0 for s in zip(*sizes, strict=True))
-    weight, bias = (None if t is None else t.expand(union) for t in (weight, bias))
-    varying: list[int] = []
-    i = 0
-    for size, split_sizes in zip(union, factors, strict=True):
-        if size != 1:
-            varying.extend(range(i, i + len(split_sizes)))
-        i += len(split_sizes)
-    return weight, bias, tuple(varying)
-
-
-def _channels(name: str, x: Tensor, **tensors: Tensor | None) -> None:
-    for argument, t in tensors.items():
-        if t is not None and tuple(t.shape) != (x.shape[1],):
-            raise RuntimeError(
-                f"{name}: {argument} must have shape ({x.shape[1]},), one value per channel of an input of shape "
-                f"{tuple(x.shape)}, got {tuple(t.shape)}"
-            )
-
-
-def _check_running(name: str, x: Tensor, running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    if (running_mean is None) != (running_var is None):
-        raise RuntimeError(f"{name}: running_mean and running_var must be both given or both None")
-    _check_tensors(x, running_mean=running_mean, running_var=running_var)
-    _channels(name, x, running_mean=running_mean, running_var=running_var)
-
-
-def _momentum(name: str, momentum: float | None) -> float:
-    if momentum is None:
-        raise ValueError(f"{name}: momentum must be a float here; cumulative averages (None) are the module's")
-    return float(momentum)
+    options: dict[str, Any] = {}
+    y = autograd.normalize(call, x, weight, bias, pre_add, post_add, eps, options)
+    if not return_stats:
+        return y
+    order = (*call.axes.stat_axes, *call.axes.reduced)
+    shaped = (
+        None if t is None else t.permute(order).reshape(call.axes.stat_shape)
+        for t in autograd.statistics(call, options["saved"])
+    )  # fmt: skip
+    return (y, *shaped) if isinstance(y, Tensor) else (*y, *shaped)
 
 
 def batch_norm(
@@ -230,40 +149,18 @@ def batch_norm(
     Raises ValueError for one value per channel in training, RuntimeError for shapes and devices that do not fit.
     Source: Ioffe & Szegedy 2015.
     """
-    _check_tensors(input, weight=weight, bias=bias, pre_add=pre_add, post_add=post_add)
-    if input.dim() < 2:
-        raise RuntimeError(f"batch_norm: input must have at least 2 axes (N, C, *), got shape {tuple(input.shape)}")
-    _check_running("batch_norm", input, running_mean, running_var)
-    _channels("batch_norm", input, weight=weight, bias=bias)
-    options: dict[str, Any] = {}
-    if training:
-        if input.numel() and input.numel() == input.shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}")
-        if running_mean is not None:
-            options = {
-                "running_mean": _writable("running_mean", running_mean),
-                "running_var": _writable("running_var", running_var),
-                "momentum": _momentum("batch_norm", momentum),
-            }
-    elif running_mean is None:
-        raise RuntimeError("batch_norm: expected running_mean and running_var to be defined when training=False")
-    else:
-        options = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
-    axes = (0, *range(2, input.dim()))
-    y, total, _, _ = _run(
-        input, weight, bias, tuple((n,) for n in input.shape), axes, (1,), eps,
-        activation=activation, pre_add=pre_add, post_add=post_add, **options,
+    call = _call(
+        checks.batch_norm, (training,), activation, input, weight, bias, pre_add, post_add, running_mean, running_var,
+        given=not training,
     )  # fmt: skip
-    return _with_sum(y, total)
-
-
-def _writable(name: str, t: Tensor | None) -> Tensor:
-    assert t is not None
-    if not t.is_contiguous():
-        raise RuntimeError(f"{name} must be contiguous, for it is updated in place; got strides {t.stride()}")
-    if t.requires_grad:
-        raise RuntimeError(f"{name} is updated in place and must not require grad")
-    return t
+    options: dict[str, Any] = {}
+    if not training:
+        options = {"mean": running_mean, "var": running_var}
+    elif running_mean is not None:
+        if momentum is None:
+            raise ValueError(NO_MOMENTUM.format("batch_norm"))
+        options = {"running_mean": running_mean, "running_var": running_var, "momentum": float(momentum)}
+    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, options)
 
 
 def instance_norm(
@@ -287,11 +184,6 @@ def instance_norm(
     ``use_input_stats=False`` they stand in for the statistics.  Raises ValueError for one value per instance.
     Source: Ulyanov et al. 2016.
     """
-    _check_tensors(input, weight=weight, bias=bias, pre_add=pre_add, post_add=post_add)
-    if input.dim() < 2:
-        raise RuntimeError(f"instance_norm: input must have at least 2 axes (N, C, *), got {tuple(input.shape)}")
-    _check_running("instance_norm", input, running_mean, running_var)
-    _channels("instance_norm", input, weight=weight, bias=bias)
     if not use_input_stats:
         if running_mean is None:
             raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
@@ -299,40 +191,22 @@ def instance_norm(
             input, running_mean, running_var, weight, bias, False, momentum, eps,
             activation=activation, pre_add=pre_add, post_add=post_add,
         )  # fmt: skip
-    n = prod(input.shape[2:])
-    if n == 1:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {input.shape}")
-    if running_mean is not None:
-        momentum = _momentum("instance_norm", momentum)
-    y, total, mean, rstd = _run(
-        input, weight, bias, tuple((n,) for n in input.shape), tuple(range(2, input.dim())), (1,), eps,
-        activation=activation, pre_add=pre_add, post_add=post_add,
-    )  # fmt: skip
+    call = _call(
+        checks.instance_norm, (), activation, input, weight, bias, pre_add, post_add, running_mean, running_var
+    )
+    options: dict[str, Any] = {}
+    if running_mean is not None and momentum is None:
+        raise ValueError(NO_MOMENTUM.format("instance_norm"))
+    y = autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, options)
     if running_mean is not None and running_var is not None and input.numel():
+        n = prod(input.shape[2:])
+        mean, rstd = autograd.statistics(call, options["saved"])
         with torch.no_grad():
-            var = (rstd.pow(-2) - eps).clamp_min(0) * (n / (n - 1))  # type: ignore[union-attr]
+            var = (rstd.pow(-2) - eps).clamp_min(0) * (n / (n - 1))
             for running, t in ((running_mean, mean), (running_var, var)):
                 value = t.reshape(input.shape[:2]).mean(0)  # type: ignore[union-attr]
-                running.lerp_(value.to(running.dtype), momentum)
-    return _with_sum(y, total)
-
-
-def _trailing(name: str, x: Tensor, normalized_shape: Sequence[int], **tensors: Tensor | None) -> tuple[int, ...]:
-    """The last axes of x that normalized_shape names."""
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if not shape:
-        raise RuntimeError(f"{name}: normalized_shape must name at least one axis, got {shape}")
-    if len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        raise RuntimeError(
-            f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
-            f"but got input of size {list(x.shape)}"
-        )
-    for argument, t in tensors.items():
-        if t is not None and tuple(t.shape) != shape:
-            raise RuntimeError(
-                f"{name}: expected {argument} to be of same shape as normalized_shape {shape}, got {tuple(t.shape)}"
-            )
-    return tuple(range(x.dim() - len(shape), x.dim()))
+                running.lerp_(value.to(running.dtype), float(momentum))
+    return y
 
 
 def layer_norm(
@@ -350,13 +224,9 @@ def layer_norm(
 
     Raises RuntimeError where ``normalized_shape`` is not the end of the input's shape, or weight's, bias's shape.
     """
-    _check_tensors(input, weight=weight, bias=bias)
-    axes = _trailing("layer_norm", input, normalized_shape, weight=weight, bias=bias)
-    y, total, _, _ = _run(
-        input, weight, bias, tuple((n,) for n in input.shape), axes, axes, eps,
-        activation=activation, pre_add=pre_add, post_add=post_add,
-    )  # fmt: skip
-    return _with_sum(y, total)
+    shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    call = _call(checks.trailing, ("layer_norm", shape), activation, input, weight, bias, pre_add, post_add)
+    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, {})
 
 
 def rms_norm(
@@ -372,15 +242,13 @@ def rms_norm(
     """RMSNorm over the last axes: x / sqrt(mean(x²) + eps) · weight; :func:`torch.nn.functional.rms_norm` with
     extras.  ``eps=None`` is torch.finfo of the statistics' dtype.  Source: Zhang & Sennrich 2019.
     """
-    _check_tensors(input, weight=weight)
-    axes = _trailing("rms_norm", input, normalized_shape, weight=weight)
+    shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    call = _call(
+        checks.trailing, ("rms_norm", shape), activation, input, weight, None, pre_add, post_add, center=False
+    )
     if eps is None:
         eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    y, total, _, _ = _run(
-        input, weight, None, tuple((n,) for n in input.shape), axes, axes, eps, center=False,
-        activation=activation, pre_add=pre_add, post_add=post_add,
-    )  # fmt: skip
-    return _with_sum(y, total)
+    return autograd.normalize(call, input, weight, None, pre_add, post_add, eps, {})
 
 
 def group_norm(
@@ -399,26 +267,5 @@ def group_norm(
     Raises RuntimeError where num_groups does not divide C, ValueError for a single sample of one value per group.
     Source: Wu & He 2018.
     """
-    _check_tensors(input, weight=weight, bias=bias)
-    if input.dim() < 2:
-        raise RuntimeError(f"Expected at least 2 dimensions for input tensor but received {input.dim()}")
-    channels = input.shape[1]
-    if num_groups <= 0:
-        raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
-    if channels % num_groups:
-        raise RuntimeError(
-            f"Expected number of channels in input to be divisible by num_groups, but got input of shape "
-            f"{list(input.shape)} and num_groups={num_groups}"
-        )
-    _channels("group_norm", input, weight=weight, bias=bias)
-    if input.numel() and input.numel() == num_groups:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {input.shape} and "
-            f"num_groups={num_groups}"
-        )
-    factors = ((input.shape[0],), (num_groups, channels // num_groups), *((n,) for n in input.shape[2:]))
-    y, total, _, _ = _run(
-        input, weight, bias, factors, tuple(range(2, input.dim() + 1)), (1, 2), eps,
-        activation=activation, pre_add=pre_add, post_add=post_add,
-    )  # fmt: skip
-    return _with_sum(y, total)
+    call = _call(checks.group_norm, (num_groups,), activation, input, weight, bias, pre_add, post_add)
+    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, {})

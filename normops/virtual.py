@@ -142,14 +142,10 @@ def virtual_device(name: str) -> Iterator[VirtualDevice]:
     if launch.INTERPRETED:
         raise RuntimeError("a virtual device compiles kernels: unset TRITON_INTERPRET before importing normops")
     device = VirtualDevice(schedule.KNOWN[name])
-    facts = launch.device_facts
     before = driver.__dict__.get("_active")  # reading driver.active would look for a GPU
     driver.set_active(device.driver())
-    launch.INTERPRETED = True
-    launch.device_facts = lambda _: device.facts  # type: ignore[assignment]
     try:
-        yield device
+        with launch.standing_in(device.facts):
+            yield device
     finally:
-        launch.INTERPRETED = False
-        launch.device_facts = facts
         driver.set_active(before)  # None: looked for at the next launch

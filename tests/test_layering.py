@@ -1,4 +1,4 @@
-"""The architecture, read from the source:  nn → functional → autograd → launch → { schedule → layout , kernels }.
+"""The architecture, read from the source:  nn → functional → autograd → launch → plan → { schedule → layout , kernels }.
 
 A module imports only what stands to its right.  Imports inside functions count too.
 """
@@ -16,12 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # From right to left; a module may import modules of the rows above its own.
 LAYERS = (
     {"kernels", "layout", "pattern"},
-    {"schedule", "activations"},
-    {"reference", "launch"},
+    {"schedule", "activations", "compiled"},
+    {"plan"},
+    {"reference", "checks"},
+    {"launch"},
     {"autograd"},
     {"functional"},
     {"nn"},
     {"__init__"},
+    {"cost"},
     {"virtual", "testing"},
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -32,7 +35,9 @@ ONLY = {
     "pattern": set(),
     "schedule": {".layout"},
     "reference": {"torch", ".activations", ".layout", ".pattern"},
-    "launch": {"torch", "triton", ".layout", ".schedule", ".kernels"},
+    "plan": {"torch", "triton", ".layout", ".schedule", ".kernels"},
+    "compiled": {"triton"},
+    "launch": {"torch", ".compiled", ".checks", ".layout", ".plan", ".schedule"},
 }
 
 NORMS = ("batch_norm", "layer_norm", "instance_norm", "group_norm", "rms_norm")

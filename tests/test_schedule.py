@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 from math import prod
 
@@ -173,10 +173,10 @@ def test_parts_grow_with_the_device() -> None:
 def test_forced_restores() -> None:
     before = schedule.limits()
     with schedule.forced(forward=0, tile=64):
-        assert schedule.limits() == replace(before, forward=0, tile=64)
+        assert asdict(schedule.limits()) == asdict(before) | {"forward": 0, "tile": 64}
         with schedule.forced(tile=32):
             assert (schedule.limits().forward, schedule.limits().tile) == (0, 32)
-        assert schedule.limits() == replace(before, forward=0, tile=64)
+        assert (schedule.limits().forward, schedule.limits().tile) == (0, 64)
     assert schedule.limits() is before
     with pytest.raises(KeyError), schedule.forced(forward=0):
         raise KeyError
