@@ -131,6 +131,7 @@ class Step:
                 *(operands[v] if isinstance(v, str) else v for v in launch.scalars),
                 **launch.constants,
                 num_warps=launch.num_warps,
+                enable_fp_fusion=True,  # the default so far; Triton 3.9 announces another
             )
             for launch in self.plan.launches
         ]

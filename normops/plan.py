@@ -161,9 +161,10 @@ def plan_forward(
         chunks = chunks_s * cdiv(grouped.extent("a"), tile.a)
         constants = {**common, "CENTER": spec.center, "SPACE": grouped.space, "STAT": grouped.statistics(),
                      **_kernel_tile(tile, grouped)}  # fmt: skip
+        part_mean = "part_mean" if spec.center else ""
         launches.append(Launch(
             kw.statistics, _kept_blocks(grouped, tile.along_m, tile.k) * chunks,
-            ("x", "pre", "sum", "part_mean", "part_m2"), (grouped.outer, chunks_s, steps),
+            ("x", "pre", "sum", part_mean, "part_m2"), (grouped.outer, chunks_s, steps),
             {**constants, "KEPT_FIRST": _kept_first(grouped),
              **{name: inputs[name] for name in ("X", "PRE", "SUM")}},
             tile.warps,
@@ -171,11 +172,11 @@ def plan_forward(
         block_k, block_p = schedule.finish_group_tile(_kept_first(grouped))
         launches.append(Launch(
             kf.finish_statistics, _kept_blocks(grouped, tile.along_m, block_k),
-            ("part_mean", "part_m2", "mean", "rstd", "running_mean", "running_var"),
+            (part_mean, "part_m2", "mean", "rstd", "running_mean", "running_var"),
             (grouped.outer, chunks, chunks_s, steps, "eps", "momentum"),
             {**constants, "BLOCK_K": block_k, "BLOCK_P": block_p}, 4,
         ))  # fmt: skip
-        workspace = (("part_mean", chunks * layout.groups if spec.center else 0), ("part_m2", chunks * layout.groups))
+        workspace = tuple((name, chunks * layout.groups) for name in (part_mean, "part_m2") if name)
     tile = schedule.stream(layout, itemsize, acc_bytes, limits.tile, 1024)
     chunks_s = cdiv(layout.extent("s"), tile.s)
     summed = operands["SUM"] is not ABSENT
@@ -315,7 +316,8 @@ def plan_backward(
         apply(sums=True)
     merged: dict[str, int] = {}
     for name, size in workspace:
-        merged[name] = max(size, merged.get(name, 0))
+        if size:
+            merged[name] = max(size, merged.get(name, 0))
     return Plan(layout, engine, tuple(launches), (), tuple(merged.items()))
 
 

@@ -24,9 +24,12 @@ class Device:
 
 
 A100 = Device("a100", 108, (8, 0))
+H100 = Device("h100", 132, (9, 0))
 H200 = Device("h200", 132, (9, 0))
 B200 = Device("b200", 148, (10, 0))
-KNOWN = {device.name: device for device in (A100, H200, B200)}
+RTX4090 = Device("rtx4090", 128, (8, 9))
+MI300X = Device("mi300x", 304, (9, 4))
+KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI300X)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: part of the key of every call

@@ -15,7 +15,7 @@ os.environ["TRITON_INTERPRET"] = "0"  # bench would turn it on, on a machine wit
 
 from bench.cases import CASES, Case
 from bench.providers import by_normops
-from normops.virtual import VirtualLaunch, virtual_device
+from normops.testing import VirtualLaunch, virtual_device
 
 # Kernels that read and write tensors of x's size; the finishing kernels touch partial results only.
 STREAMS = ("normalize", "statistics", "apply", "grad_normalize", "grad_statistics", "grad_apply")

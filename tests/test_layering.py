@@ -1,4 +1,4 @@
-"""The architecture, read from the source:  nn → functional → autograd → launch → plan → { schedule → layout , kernels }.
+"""The architecture, read from the source: nn → functional → autograd → launch → plan → { schedule → layout , kernels }.
 
 A module imports only what stands to its right.  Imports inside functions count too.
 """

@@ -1,4 +1,4 @@
-"""Helpers for tests: what a call reads and writes, counted by Triton's interpreter.
+"""What a call reads and writes, counted by Triton's interpreter.
 
 >>> with traffic(x=x) as t:
 ...     y = normops.functional.layer_norm(x, (64,))
@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
 
-from .launch import INTERPRETED
+from ..launch import INTERPRETED
 
 OTHER = "other"
 
@@ -76,8 +76,11 @@ class Traffic:
 
     def bytes_of(self, t: Tensor) -> tuple[int, int]:
         """(read from, written to) a tensor's storage: for tensors that were allocated inside the block."""
-        extent = _extent(t)
-        return self._loads.between(*extent), self._stores.between(*extent)
+        return self.bytes_in(*_extent(t))
+
+    def bytes_in(self, start: int, end: int) -> tuple[int, int]:
+        """(read from, written to) the addresses from start to before end: for one of several views of a storage."""
+        return self._loads.between(start, end), self._stores.between(start, end)
 
 
 def _check(tensors: dict[str, Tensor]) -> None:

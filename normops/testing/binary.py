@@ -1,0 +1,105 @@
+"""A compiled kernel, and what its machine code says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+from . import amdgcn, ptx
+
+
+class Parameter(NamedTuple):
+    """A parameter of the compiled kernel: the argument that it belongs to (a tuple has several)."""
+
+    argument: str
+    pointer: bool
+
+
+class Usage(NamedTuple):
+    """Per thread."""
+
+    registers: int
+    stack: int
+    spills: int
+
+
+@dataclass(frozen=True, eq=False)
+class Binary:
+    """A compiled kernel; launches of one kernel share it, and with it whatever was once read out of its code."""
+
+    name: str
+    target: GPUTarget
+    asm: Mapping[str, Any]
+    shared: int
+    num_warps: int
+    num_ctas: int
+    parameters: tuple[Parameter, ...] | None
+    """None: they cannot be told from the signature (tensor descriptors)."""
+
+    @property
+    def _text(self) -> str:
+        return self.asm["ptx" if self.target.backend == "cuda" else "amdgcn"]
+
+    def _cubin_usage(self) -> Usage:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.asm["cubin"])
+            file.flush()
+            tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            out = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        # One line per function: the kernel's own, and those of functions that it calls.
+        for name, line in re.findall(r"Function (\S+):\s*\n?([^\n]*)", out):
+            if name == self.name:
+                found = {key: int(n) for key, n in re.findall(r"\b([A-Z]+):(\d+)", line)}
+                stack = found["STACK"] + found["LOCAL"]
+                return Usage(found["REG"], stack, max(0, stack - ptx.arrays(self._text)))
+        raise RuntimeError(f"cuobjdump does not list {self.name}: {out}")
+
+    @cached_property
+    def usage(self) -> Usage:
+        if self.target.backend == "cuda":
+            return self._cubin_usage()
+        counts = {n: amdgcn.figure(self._text, n) for n in ("vgpr_count", "private_segment_fixed_size")}
+        spilled = 4 * amdgcn.figure(self._text, "vgpr_spill_count")
+        return Usage(counts["vgpr_count"], counts["private_segment_fixed_size"], spilled)
+
+    @cached_property
+    def threads(self) -> int:
+        """Threads of a program: more than num_warps has where warps are specialised."""
+        if self.target.backend == "cuda" and (found := ptx.threads(self._text)):
+            return found
+        return self.num_warps * self.target.warp_size
+
+    @cached_property
+    def barriers(self) -> int:
+        return (ptx if self.target.backend == "cuda" else amdgcn).barriers(self._text)
+
+    @cached_property
+    def atomics(self) -> int:
+        return (ptx if self.target.backend == "cuda" else amdgcn).atomics(self._text)
+
+    @cached_property
+    def _ptx_accesses(self) -> tuple[ptx.Access, ...]:
+        pointers = frozenset(i for i, p in enumerate(self.parameters or ()) if p.pointer)
+        return ptx.accesses(self._text, pointers)
+
+    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
+        """See VirtualLaunch.accesses."""
+        if argument is None:
+            if self.target.backend != "cuda":
+                return dict(Counter(amdgcn.accesses(self._text)))
+            return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses))
+        if self.target.backend != "cuda":
+            raise NotImplementedError("accesses of one argument are told apart on NVIDIA only: leave argument out")
+        if self.parameters is None:
+            raise NotImplementedError("accesses of one argument are not told apart in kernels with tensor descriptors")
+        mine = {i for i, p in enumerate(self.parameters) if p.pointer and p.argument == argument}
+        return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses if a.parameters & mine))

@@ -1,0 +1,98 @@
+"""Facts of the devices that kernels can be compiled for without having them.
+
+Sizes are the vendors' (CUDA C++ Programming Guide, "Compute Capabilities"; LLVM's AMDGPU guide and the CDNA3 ISA);
+bandwidths and launch floors say themselves where they come from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from triton.backends.compiler import GPUTarget
+
+from .. import schedule
+
+KIB, MIB = 1 << 10, 1 << 20
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One device.  AMD's compute units are called SMs here, its wavefronts warps."""
+
+    name: str
+    title: str
+    facts: schedule.Device
+    target: GPUTarget
+    registers_per_sm: int
+    """32-bit registers."""
+    shared_per_sm: int
+    max_shared: int
+    """Bytes of shared memory that one program may have."""
+    threads_per_sm: int
+    programs_per_sm: int
+    l2_bytes: int
+    """What one SM can find in L2 (of an MI300X: the L2 of its own die)."""
+    copy_bandwidth: float
+    """Bytes read plus bytes written per second by a large copy."""
+    bandwidth_source: str
+    launch_floor: float = 2.5e-6
+    """Seconds from one kernel to the next that depends on it, however little they do."""
+    launch_floor_source: str = "assumed: back-to-back launches on a stream are commonly put at 2 to 3 us"
+
+    @property
+    def l2_window(self) -> int:
+        """Bytes that one may plan to find again in L2: 0.4 of it.
+
+        A large L2 is split in halves that may both hold a line, and what is written in between passes through it too.
+        """
+        return 2 * self.l2_bytes // 5
+
+    def resident(self, registers: int, shared: int, threads: int) -> int:
+        """Programs that one SM holds at once, given registers per thread, bytes of shared memory, threads.
+
+        The largest shared memory that the SM can be configured for is assumed.  0: not even one fits.
+        """
+        warp = self.target.warp_size
+        warps = -(-threads // warp)
+        # Registers go to whole warps, 8 to a thread at a time; each quarter of an SM owns a quarter of them.
+        each = -(-max(registers, 1) // 8) * 8 * warp
+        by_registers = self.registers_per_sm // 4 // each * 4 // warps
+        # NVIDIA's driver keeps 1 KiB per program for itself; LDS comes in blocks of 512 bytes, shared memory of 128.
+        cuda = self.target.backend == "cuda"
+        unit, own = (128, KIB) if cuda else (512, 0)
+        bytes_each = -(-(shared + own) // unit) * unit
+        by_shared = self.shared_per_sm // bytes_each if bytes_each else self.programs_per_sm
+        if shared > self.max_shared:
+            by_shared = 0
+        return min(by_registers, by_shared, self.threads_per_sm // (warps * warp), self.programs_per_sm)
+
+
+def _cuda(facts: schedule.Device, title: str, shared_per_sm: int, threads: int, programs: int, l2: int,
+          bandwidth: float, source: str) -> Hardware:  # fmt: skip
+    major, minor = facts.capability
+    return Hardware(
+        facts.name, title, facts, GPUTarget("cuda", 10 * major + minor, 32), registers_per_sm=64 * KIB,
+        shared_per_sm=shared_per_sm, max_shared=shared_per_sm - KIB, threads_per_sm=threads, programs_per_sm=programs,
+        l2_bytes=l2, copy_bandwidth=bandwidth, bandwidth_source=source,
+    )  # fmt: skip
+
+
+def _assumed(spec: float) -> tuple[float, str]:
+    """Copies reach about 0.9 of the specified bandwidth where somebody measured them."""
+    return 0.9 * spec, f"assumed: 0.9 of the {spec / 1e12:.3g} TB/s of the specification"
+
+
+_ALL = (
+    _cuda(schedule.A100, "NVIDIA A100 SXM 80 GB", 164 * KIB, 2048, 32, 40 * MIB, *_assumed(2.039e12)),
+    _cuda(schedule.H100, "NVIDIA H100 SXM 80 GB", 228 * KIB, 2048, 32, 50 * MIB, *_assumed(3.35e12)),
+    _cuda(schedule.H200, "NVIDIA H200 SXM", 228 * KIB, 2048, 32, 50 * MIB, 4.3e12,
+          "measured: PyTorch device-to-device copy on one H200 (4.8 TB/s in the specification)"),
+    _cuda(schedule.B200, "NVIDIA B200", 228 * KIB, 2048, 32, 126 * MIB, *_assumed(8e12)),
+    _cuda(schedule.RTX4090, "NVIDIA GeForce RTX 4090", 100 * KIB, 1536, 24, 72 * MIB, *_assumed(1.008e12)),
+    Hardware(
+        "mi300x", "AMD Instinct MI300X", schedule.MI300X, GPUTarget("hip", "gfx942", 64),
+        registers_per_sm=128 * KIB, shared_per_sm=64 * KIB, max_shared=64 * KIB, threads_per_sm=2048,
+        programs_per_sm=32, l2_bytes=4 * MIB, copy_bandwidth=_assumed(5.3e12)[0], bandwidth_source=_assumed(5.3e12)[1],
+    ),
+)  # fmt: skip
+HARDWARE: dict[str, Hardware] = {hardware.name: hardware for hardware in _ALL}

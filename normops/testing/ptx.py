@@ -1,0 +1,153 @@
+"""Reads PTX: accesses to global memory, and which kernel parameter their addresses come from.
+
+PTX out of LLVM gives nearly every register one value, so that following registers back without regard to control flow
+loses next to nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# A statement: after a line's start or another one's end, perhaps a guard, then the instruction and its operands.
+_STATEMENT = re.compile(r"(?m)(?:^|[;{}:])\s*(?:@!?[%\w]+\s+)?([a-z]\w*(?:\.[\w:]+)*)\b([^;]*)(?=;)")
+_FUNCTION = re.compile(r"\.(entry|func)\b\s*(?:\([^)]*\)\s*)?([\w$]+)")
+_REGISTER = re.compile(r"%?[A-Za-z_]\w*")
+_VECTOR = re.compile(r"v([248])")
+_TYPE = re.compile(r"[busf](\d+)")
+_PASSED_ON = ("shared", "local", "param")
+
+
+class Instruction(NamedTuple):
+    function: str
+    entry: bool
+    parts: tuple[str, ...]
+    operands: str
+
+    def space(self) -> str:
+        """The state space, without its scope; "" for a generic address or none."""
+        spaces = (part.split("::")[0] for part in self.parts)
+        return next((s for s in spaces if s in ("global", *_PASSED_ON)), "")
+
+    def addresses(self) -> list[str]:
+        return re.findall(r"\[([^\]]*)\]", self.operands)
+
+
+class Access(NamedTuple):
+    kind: str
+    """"load" or "store"."""
+    bits: int
+    parameters: frozenset[int]
+    """Numbers of the kernel's parameters that the address may come from."""
+
+
+def instructions(text: str) -> Iterator[Instruction]:
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
+    functions = [(m.start(), m[1] == "entry", m[2]) for m in _FUNCTION.finditer(text)]
+    for i, (start, entry, name) in enumerate(functions):
+        end = functions[i + 1][0] if i + 1 < len(functions) else len(text)
+        for found in _STATEMENT.finditer(text, start, end):
+            yield Instruction(name, entry, tuple(found[1].split(".")), found[2])
+
+
+def _access(instruction: Instruction) -> tuple[str, int, str] | None:
+    """(load or store, bits, the registers of the address), if it is an access to global memory."""
+    parts, addresses = instruction.parts, instruction.addresses()
+    if parts[:2] == ("cp", "async") and "bulk" not in parts and len(addresses) == 2:
+        size = instruction.operands.rsplit("]", 1)[1].split(",")[1]
+        return "load", 8 * int(size, 0), addresses[1]
+    if parts[0] not in ("ld", "st") or instruction.space() != "global":
+        return None
+    vector = next((int(m[1]) for p in parts if (m := _VECTOR.fullmatch(p))), 1)
+    bits = next(int(m[1]) for p in reversed(parts) if (m := _TYPE.fullmatch(p)))
+    return "load" if parts[0] == "ld" else "store", vector * bits, addresses[0]
+
+
+def _split(operands: str) -> tuple[str, str]:
+    """The destination, which may be a vector in braces, and the rest."""
+    operands = operands.strip()
+    cut = operands.find("}") + 1 if operands.startswith("{") else operands.find(",")
+    return (operands, "") if cut <= 0 else (operands[:cut], operands[cut:])
+
+
+def _flows(instruction: Instruction, pointers: frozenset[int]) -> tuple[list[str], list[str], frozenset[int]]:
+    """Registers that an instruction writes, those that it reads, and the parameter that it loads.
+
+    Memory that threads pass values on through is one register per state space, shared by all functions.
+    """
+    head, function = instruction.parts[0], instruction.function
+    space = instruction.space()
+    memory = f"[{space}]"
+    nothing: tuple[list[str], list[str], frozenset[int]] = ([], [], frozenset())
+
+    def registers(text: str) -> list[str]:
+        return [f"{function} {name}" for name in _REGISTER.findall(text)]
+
+    if head == "ld" and space in _PASSED_ON:
+        target = registers(_split(instruction.operands)[0])
+        own = re.match(rf"\s*{re.escape(function)}_param_(\d+)", instruction.addresses()[0])
+        if own and instruction.entry:
+            return target, [], frozenset([int(own[1])]) & pointers
+        return target, [memory], frozenset()
+    if head == "st" and space in _PASSED_ON:
+        return [memory], registers(instruction.operands.rsplit("]", 1)[1]), frozenset()
+    # What comes out of memory or of a comparison is no address that went in.
+    if head in ("ld", "st", "atom", "red", "setp", "bra", "call", "cp"):
+        return nothing
+    written, read = _split(instruction.operands)
+    return registers(written), registers(read), frozenset()
+
+
+def _origins(code: list[Instruction], pointers: frozenset[int]) -> dict[str, frozenset[int]]:
+    """Register -> parameters that its value may come from."""
+    origins: dict[str, frozenset[int]] = defaultdict(frozenset)
+    flows = [flow for i in code if (flow := _flows(i, pointers))[0]]
+    changed = True
+    while changed:
+        changed = False
+        for targets, sources, own in flows:
+            found = own.union(*(origins[s] for s in sources if s in origins))
+            for target in targets:
+                if not found <= origins[target]:
+                    origins[target] |= found
+                    changed = True
+    return origins
+
+
+def accesses(text: str, pointers: frozenset[int]) -> tuple[Access, ...]:
+    """Every access to global memory; `pointers`: numbers of the parameters that are pointers."""
+    code = list(instructions(text))
+    origins = _origins(code, pointers)
+    found = []
+    for instruction in code:
+        if access := _access(instruction):
+            kind, bits, address = access
+            registers = [f"{instruction.function} {name}" for name in _REGISTER.findall(address)]
+            found.append(Access(kind, bits, frozenset[int]().union(*(origins[r] for r in registers))))
+    return tuple(found)
+
+
+def barriers(text: str) -> int:
+    """Instructions that wait for the other warps of the program (or of its cluster)."""
+    return sum(
+        i.parts[0] in ("bar", "barrier") and "warp" not in i.parts and "arrive" not in i.parts
+        for i in instructions(text)
+    )
+
+
+def atomics(text: str) -> int:
+    """Atomic operations that are not on shared memory."""
+    return sum(i.parts[0] in ("atom", "red") and i.space() != "shared" for i in instructions(text))
+
+
+def arrays(text: str) -> int:
+    """Bytes per thread of arrays that the program itself keeps in local memory."""
+    return sum(int(n) for n in re.findall(r"\.local\b[^;\[]*\.b8\s+\w+\[(\d+)\]", text))
+
+
+def threads(text: str) -> int | None:
+    """Threads that the kernel must be launched with."""
+    found = re.search(r"\.reqntid\s+(\d+)", text)
+    return int(found[1]) if found else None

@@ -1,0 +1,245 @@
+"""A virtual GPU: the real launch path compiles every kernel for a named device, on a machine without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from .. import launch
+from .binary import Binary, Parameter
+from .hardware import HARDWARE, Hardware
+
+# Triton keeps compiled kernels per number of a device: no two virtual devices may share one, nor a real one have it.
+_numbers = count(1 << 20)
+
+
+class VirtualLaunch:
+    """One launch that the device would have run."""
+
+    __slots__ = ("_arguments", "binary", "grid", "hardware")
+
+    def __init__(self, hardware: Hardware, binary: Binary, grid: tuple[int, int, int], arguments: Any) -> None:
+        self.hardware = hardware
+        self.binary = binary
+        """The compiled kernel; launches of the same one share it."""
+        self.grid = grid
+        self._arguments = arguments
+
+    @property
+    def name(self) -> str:
+        return self.binary.name
+
+    @property
+    def num_warps(self) -> int:
+        return self.binary.num_warps
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the kernel is passed at run time, by its own names: tensors (or addresses), integers, floats."""
+        names, values = self._arguments
+        return {name: value for name, value in zip(names, values, strict=False) if name is not None}
+
+    @property
+    def asm(self) -> Any:
+        """The stages of compilation: "ttir", "ttgir", "llir", "ptx", "cubin" ("amdgcn", "hsaco" on AMD)."""
+        return self.binary.asm
+
+    @property
+    def registers(self) -> int:
+        """Per thread."""
+        return self.binary.usage.registers
+
+    @property
+    def stack(self) -> int:
+        """Bytes of local memory per thread."""
+        return self.binary.usage.stack
+
+    @property
+    def spills(self) -> int:
+        """Bytes of local memory per thread that hold what did not fit into registers."""
+        return self.binary.usage.spills
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory per program."""
+        return self.binary.shared
+
+    @property
+    def barriers(self) -> int:
+        """Instructions in the code that wait for other warps; how often they run is another matter."""
+        return self.binary.barriers
+
+    @property
+    def atomics(self) -> int:
+        """Instructions in the code that are atomic on global memory."""
+        return self.binary.atomics
+
+    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
+        """("load" or "store", bits) -> instructions on global memory, through one pointer argument or all.
+
+        An address that may come from two arguments counts for both.  Raises NotImplementedError for one argument on
+        AMD, and ValueError for a name that the kernel does not have.
+        """
+        parameters = self.binary.parameters
+        names = [p.argument for p in parameters or ()]
+        if argument is not None and parameters is not None and argument not in self._arguments[0]:
+            raise ValueError(f"{self.name} is passed {', '.join(dict.fromkeys(names))}; got argument={argument!r}")
+        return self.binary.accesses(argument)
+
+    @property
+    def resident(self) -> int:
+        """Programs that one SM holds at once."""
+        return self.hardware.resident(self.registers, self.shared, self.binary.threads)
+
+    @property
+    def waves(self) -> float:
+        """How often the programs of the grid fill the device."""
+        x, y, z = self.grid
+        at_once = self.resident * self.hardware.facts.num_sms
+        return x * y * z * self.binary.num_ctas / at_once if at_once else float("inf")
+
+    def __repr__(self) -> str:
+        return f"VirtualLaunch({self.name}, grid={self.grid}, num_warps={self.num_warps})"
+
+
+class VirtualDevice:
+    """What would have run: ``launches``, in order; clear the list to start over."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.hardware = hardware
+        self.launches: list[VirtualLaunch] = []
+        self._number = next(_numbers)
+        self._binaries: list[tuple[Binary, tuple[str | None, ...]]] = []
+        self._source: Any = None
+        self._metadata: Any = None
+        self._files: dict[str, Any] = {}
+
+    def _load(self, name: str, code: bytes, shared: int) -> int:
+        """Take up a kernel that was compiled: its source and its files came just before."""
+        names = tuple(self._source.fn.arg_names)
+        signature = {names[i] if isinstance(i, int) else i: kind for i, kind in self._source.signature.items()}
+        runtime = tuple(None if signature.get(n) == "constexpr" else n for n in names)
+        asm = {
+            Path(path).suffix[1:]: Path(path).read_bytes() if Path(path).suffix in (".cubin", ".hsaco") else
+            Path(path).read_text() for path in self._files.values() if not str(path).endswith(".json")
+        }  # fmt: skip
+        binary = Binary(
+            name, self.hardware.target, asm, shared, self._metadata.num_warps, self._metadata.num_ctas,
+            _parameters(runtime, signature),
+        )  # fmt: skip
+        self._binaries.append((binary, runtime))
+        return len(self._binaries) - 1
+
+    def _loading(self, module: Any, function: Any, name: str, metadata_group: dict[str, Any], hash: str) -> None:
+        self._files = metadata_group
+
+    def _driver(self) -> Any:
+        """What Triton asks of a driver; launching records."""
+        device, hardware = self, self.hardware
+
+        class Utils:
+            @staticmethod
+            def get_device_properties(_: int) -> dict[str, int]:
+                return {
+                    "max_shared_mem": hardware.max_shared, "max_num_regs": hardware.registers_per_sm,
+                    "multiprocessor_count": hardware.facts.num_sms, "warpSize": hardware.target.warp_size,
+                    "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1,
+                }  # fmt: skip
+
+            @staticmethod
+            def load_binary(name: str, code: bytes, shared: int, *_: Any) -> tuple[int, int, int, int, int]:
+                return 0, device._load(name, code, shared), 0, 0, 1024
+
+        class Launcher:
+            def __init__(self, source: Any, metadata: Any) -> None:
+                device._source, device._metadata = source, metadata
+
+            def __call__(
+                self, x: int, y: int, z: int, stream: int, function: int, packed: Any, metadata: Any,
+                enter: Any, leave: Any, *arguments: Any,
+            ) -> None:  # fmt: skip
+                if enter is not None:
+                    enter(metadata)
+                binary, names = device._binaries[function]
+                device.launches.append(VirtualLaunch(hardware, binary, (x, y, z), (names, arguments)))
+                if leave is not None:
+                    leave(metadata)
+
+        class Driver:
+            utils = Utils
+            launcher_cls = Launcher
+
+            def get_current_target(self) -> GPUTarget:
+                return hardware.target
+
+            def get_current_device(self) -> int:
+                return device._number
+
+            def get_current_stream(self, _: int = 0) -> int:
+                return 0
+
+            def get_active_torch_device(self) -> torch.device:
+                return torch.device("cpu")
+
+            def get_device_interface(self) -> Any:
+                return torch.cpu
+
+            def get_benchmarker(self) -> Any:
+                raise RuntimeError("autotuning times kernels, and a virtual device runs none: leave it one config")
+
+        return Driver()
+
+
+def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tuple[Parameter, ...] | None:
+    """The parameters of the compiled kernel, in order; a tuple is passed as its elements."""
+    found: list[Parameter] = []
+
+    def add(name: str, kind: Any) -> None:
+        if isinstance(kind, tuple | list):
+            for element in kind:
+                add(name, element)
+        elif kind != "constexpr":
+            found.append(Parameter(name, str(kind).startswith("*")))
+
+    for name in names:
+        if name is not None:
+            add(name, signature[name])
+    return None if any("tensordesc" in str(kind) for kind in signature.values()) else tuple(found)
+
+
+@contextmanager
+def virtual_device(name: str) -> Iterator[VirtualDevice]:
+    """Compile for the named device what the block launches: normops' kernels and any others.
+
+    CPU tensors stand for tensors of the device and take normops' CUDA path.  Each launch is compiled with the
+    parameters that it would have there and recorded in ``launches``; nothing is executed, so outputs hold no values.
+    Devices: the names of ``HARDWARE``.
+
+    Raises ValueError for an unknown name, RuntimeError in Triton's interpreter, which compiles nothing.
+
+    >>> with virtual_device("h200") as gpu:
+    ...     y = normops.functional.layer_norm(torch.empty(64, 4096), (4096,))
+    >>> gpu.launches[0].name, gpu.launches[0].registers
+    """
+    if name not in HARDWARE:
+        raise ValueError(f"device must be one of {', '.join(HARDWARE)}, got {name!r}")
+    if launch.INTERPRETED:
+        raise RuntimeError("a virtual device compiles kernels: unset TRITON_INTERPRET before importing triton")
+    device = VirtualDevice(HARDWARE[name])
+    before = driver.__dict__.get("_active")  # reading driver.active would look for a GPU
+    driver.set_active(device._driver())
+    knobs.runtime.kernel_load_start_hook.add(device._loading)
+    try:
+        with launch.standing_in(device.hardware.facts):
+            yield device
+    finally:
+        knobs.runtime.kernel_load_start_hook.remove(device._loading)
+        driver.set_active(before)  # None: looked for at the next launch

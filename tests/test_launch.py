@@ -1,0 +1,178 @@
+"""Launching: what is compiled is launched again directly, with the arguments that Triton's own binder would pass.
+
+Kernels compile here, for a virtual device; that needs a process without the interpreter.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from normops import functional as F
+from normops import launch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+HEAD = """
+import torch
+from torch import Tensor
+from normops import functional as F, launch, schedule
+from normops.testing import virtual_device
+
+x = torch.randn(3, 8, 5, 4)
+w, b = torch.randn(8), torch.randn(8)
+rm, rv = torch.zeros(8), torch.ones(8)
+"""
+
+
+def run(script: str) -> None:
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])}
+    done = subprocess.run([sys.executable, "-c", HEAD + script], env=env, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_direct_launches_pass_what_the_binder_passes() -> None:
+    """Each step runs twice on the same tensors: through the binder, then directly."""
+    run("""
+pairs = []
+step_run = launch.Step.run
+
+def address(v):
+    return v.data_ptr() if isinstance(v, Tensor) else v
+
+def twice(step, tensors, scalars, device):
+    assert not step._direct
+    found = []
+    for direct in (False, True):
+        gpu.launches.clear()
+        step_run(step, tensors, scalars, device)
+        found.append([
+            (l.name, l.grid, l.num_warps, {n: address(v) for n, v in l.arguments.items()})
+            for l in gpu.launches
+        ])
+        assert any(isinstance(v, Tensor) for l in gpu.launches for v in l.arguments.values()) != direct
+        assert bool(step._direct)
+    pairs.append(found)
+
+launch.Step.run = twice
+options = [{}, {"activation": "silu"}, {"pre_add": torch.randn_like(x)}, {"post_add": torch.randn_like(x)}]
+with virtual_device("h200") as gpu:
+    for limits in ({}, {"forward": 0, "backward": 0, "backward_affine": 0, "tile": 64, "grad_tile": 64}):
+        for extras in options:
+            with schedule.forced(**limits):
+                leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+                lx, lw, lb = leaves
+                for y in (
+                    F.batch_norm(lx, rm, rv, lw, lb, True, **extras), F.batch_norm(lx, rm, rv, lw, lb, **extras),
+                    F.instance_norm(lx, None, None, lw, lb, **extras), F.group_norm(lx, 2, lw, lb, **extras),
+                    F.normalize(lx, 1, lw.view(8, 1, 1), **extras), F.normalize(lx, (-1,), center=False, **extras),
+                ):
+                    y = y if isinstance(y, Tensor) else y[0]
+                    y.backward(torch.randn_like(y))
+assert len(pairs) == 2 * 4 * 12, len(pairs)
+for binder, direct in pairs:
+    assert binder == direct, (binder, direct)
+""")
+
+
+def test_a_misaligned_tensor_is_never_given_to_a_kernel_compiled_for_aligned_ones() -> None:
+    run("""
+aligned, shifted = torch.empty(6, 32), torch.empty(6 * 32 + 1)[1:].view(6, 32)
+assert aligned.data_ptr() % 16 == 0 and shifted.data_ptr() % 16 != 0
+with virtual_device("h200") as gpu:
+    for _ in range(3):
+        F.layer_norm(aligned, (32,))
+    F.layer_norm(shifted, (32,))
+    F.layer_norm(aligned, (32,))
+    binaries = [l.binary for l in gpu.launches]
+assert binaries[0] is binaries[1] is binaries[2] is binaries[4]
+assert binaries[3] is not binaries[0]
+""")
+
+
+def test_launch_hooks_are_told_of_every_launch() -> None:
+    run("""
+from triton import knobs
+seen = []
+hook = lambda metadata: seen.append(metadata.get()["name"])
+with virtual_device("h200") as gpu:
+    F.layer_norm(x, (4,)), F.layer_norm(x, (4,))
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        F.layer_norm(x, (4,))
+        assert isinstance(gpu.launches[-1].arguments["x_ptr"], Tensor), "not through the binder"
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    F.layer_norm(x, (4,))
+    assert isinstance(gpu.launches[-1].arguments["x_ptr"], int)
+""")
+
+
+def test_another_batch_size_compiles_nothing() -> None:
+    run("""
+with virtual_device("h200") as gpu:
+    for n in (64, 2, 3, 17, 1000):
+        big = torch.empty(n, 8, 5, 4, requires_grad=True)
+        y = F.group_norm(big, 2, w, b)
+        y.backward(torch.empty_like(y))
+        F.layer_norm(torch.empty(n, 7, 64), (64,))
+    assert len({id(l.binary) for l in gpu.launches}) <= 4, {l.name for l in gpu.launches}
+""")
+
+
+def test_calls_of_one_device_are_not_kept_for_the_next() -> None:
+    run("""
+for name in ("a100", "h200"):
+    with virtual_device(name) as gpu:
+        for _ in range(3):
+            F.layer_norm(x, (4,))
+        assert len(gpu.launches) == 3
+    assert not launch.calls
+assert torch.equal(F.layer_norm(x, (4,)), F.layer_norm(x, (4,)))  # plain PyTorch again
+""")
+
+
+def test_calls_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "CALLS", 4)
+    launch.calls.clear()
+    for n in range(1, 12):
+        F.layer_norm(torch.randn(n, 4), (4,))
+        assert len(launch.calls) <= 4
+
+
+def test_what_no_key_holds_is_taken_anew(device: torch.device) -> None:
+    """eps and momentum change from call to call without another plan."""
+    x = torch.randn(6, 3, 4, device=device)
+    launch.calls.clear()
+    for eps, momentum in ((1e-5, 0.1), (0.5, 0.1), (1e-5, 1.0), (3, 0)):
+        mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+        ref_mean, ref_var = mean.clone(), var.clone()
+        y = F.batch_norm(x, mean, var, training=True, momentum=momentum, eps=eps)
+        ref = torch.nn.functional.batch_norm(x, ref_mean, ref_var, training=True, momentum=momentum, eps=eps)
+        torch.testing.assert_close(y, ref)
+        torch.testing.assert_close((mean, var), (ref_mean, ref_var))
+    assert len(launch.calls) == 1
+
+
+def test_what_a_key_holds_makes_another_call(device: torch.device) -> None:
+    launch.calls.clear()
+    x = torch.randn(4, 6, 8, device=device)
+    w = torch.randn(8, device=device)
+    variants = (
+        (x, w), (x.half(), w), (x, w.half()), (x.transpose(0, 1), w), (x[::2], w), (x, None), (x[:3], w),
+        (x, torch.randn(16, device=device)[::2]),
+    )  # fmt: skip
+    for i, (a, p) in enumerate(variants):
+        got = F.layer_norm(a, (8,), p)
+        expected = torch.nn.functional.layer_norm(a.double(), (8,), None if p is None else p.double())
+        torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=2e-3)
+        assert len(launch.calls) == i + 1
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        F.layer_norm(x, (6,), w)
+    assert len(launch.calls) == len(variants), "a call that raised was remembered"
