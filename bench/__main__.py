@@ -1,15 +1,29 @@
-"""``python -m bench``: verify, time (on a GPU) and train; ``python -m bench COMMAND`` for one of them."""
+"""``python -m bench``: verify, time on a GPU or compile for one, train; ``python -m bench COMMAND`` for one of them."""
 
 from __future__ import annotations
 
+import sys
+
+if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:  # on machines that have nothing but Python, torch and triton
+    from .gpu import main
+
+    sys.exit(main(sys.argv[2:]))
+
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
-from .cases import select
+from normops.testing import HARDWARE
+
+from .cases import CASES, select
 from .common import console
+from .evidence import evidence as evidence_all
+from .host import host as host_all
 from .plot import plot
+from .providers import DTYPES
 from .timing import time_all
 from .train import train as train_all
 from .verify import verify as verify_all
@@ -23,10 +37,35 @@ def known(only: str | None) -> str | None:
     return only
 
 
+def exact(name: str | None) -> str | None:
+    names = [case.name for case in CASES]
+    if name is not None and name not in names:
+        raise typer.BadParameter(f"no case is named {name!r}; near are {get_close_matches(name, names) or names}")
+    return name
+
+
+def device_known(device: str) -> str:
+    if device not in HARDWARE:
+        raise typer.BadParameter(f"device must be one of {', '.join(HARDWARE)}, got {device!r}")
+    return device
+
+
+def dtype_known(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
 Only = Annotated[str | None, typer.Option(callback=known, help="Cases whose name, norm or origin contains this text.")]
 Out = Annotated[Path, typer.Option(help="Folder for JSON and the picture.")]
 Seed = Annotated[int, typer.Option(help="Seed of inputs, weights and batches.")]
-Dtype = Annotated[str, typer.Option(help="bf16, fp16, fp32 or fp64.")]
+Dtype = Annotated[str, typer.Option(callback=dtype_known, help="bf16, fp16, fp32 or fp64.")]
+Exact = Annotated[str | None, typer.Option("--case", callback=exact, help="One case, by its name.")]
+Device = Annotated[str, typer.Option(callback=device_known, help=", ".join(HARDWARE))]
+Keep = Annotated[Path | None, typer.Option(help="Folder for the code of every launch.")]
+Base = Annotated[str | None, typer.Option(help="Another commit: print only what changed since.")]
+Baseline = Annotated[bool, typer.Option("--baseline", help="Write bench/results/evidence.json too.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that compile; 0: one a core, 8 at most.")]
 OUT = Path("bench/out")
 
 
@@ -43,7 +82,10 @@ def everything(
 ) -> None:
     """Without a command: verify, time where there is a CUDA device, train."""
     if context.invoked_subcommand is None:
-        finish(out, verify_all(only, out, seed), time_all(only, out, seed, dtype), train_all(out, seed))
+        oks = [verify_all(only, out, seed), time_all(only, out, seed, dtype)]
+        if not torch.cuda.is_available():
+            oks.append(evidence_all("h200", select(only), dtype, out))
+        finish(out, *oks, train_all(out, seed))
 
 
 @app.command()
@@ -62,6 +104,52 @@ def time(only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16
 def train(out: Out = OUT, seed: Seed = 0) -> None:
     """Three small networks, with torch's norms and with normops'."""
     finish(out, train_all(out, seed))
+
+
+@app.command()
+def evidence(
+    device: Device = "h200", case: Exact = None, only: Only = None, dtype: Dtype = "bf16", keep: Keep = None,
+    base: Base = None, baseline: Baseline = False, workers: Workers = 0, out: Out = OUT,
+) -> None:  # fmt: skip
+    """What every case compiles to and moves on a named device, without one: nothing is timed."""
+    chosen = [c for c in select(only) if case in (None, c.name)]
+    if baseline and (len(chosen), device, dtype) != (len(CASES), "h200", "bf16"):
+        raise typer.BadParameter("the baseline holds all cases for h200 in bf16: leave out other choices")
+    try:
+        done = evidence_all(
+            device, chosen, dtype, out, only=only, folder=keep, base=base, baseline=baseline, processes=workers
+        )
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    raise typer.Exit(0 if done else 1)
+
+
+@app.command()
+def host(
+    out: Out = OUT, blocks: Annotated[int, typer.Option(min=1, help="Turns of every call.")] = 15,
+    calls: Annotated[int, typer.Option(min=1, help="Calls in one turn.")] = 100,
+) -> None:  # fmt: skip
+    """Host time of eager calls, beside torch's and Liger's, and where it goes."""
+    raise typer.Exit(0 if host_all(out, blocks, calls) else 1)
+
+
+PLAIN = {"context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}}
+
+
+@app.command(**PLAIN)
+def gpu(context: typer.Context) -> None:
+    """One full run on a CUDA machine, in minutes: correctness, times, DRAM bytes (gpu --help)."""
+    from .gpu import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(**PLAIN)
+def report(context: typer.Context) -> None:
+    """The README's table and pictures from committed results of GPU runs (report --help)."""
+    from .report import main
+
+    raise typer.Exit(main(context.args))
 
 
 if __name__ == "__main__":

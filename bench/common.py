@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
@@ -16,10 +15,10 @@ from typing import Any
 
 import torch
 import triton
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+from .console import console as console
+from .console import print_table as print_table
+from .console import progress_bar as progress_bar
 
 
 def environment() -> dict[str, Any]:
@@ -49,11 +48,6 @@ def save(out: Path, name: str, content: dict[str, Any]) -> None:
 def load(out: Path, name: str) -> dict[str, Any] | None:
     path = out / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def progress_bar() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    return Progress(*columns, console=console, transient=True)
 
 
 def run_all(function: Callable[[Any], Any], tasks: Sequence[Any], label: str) -> Iterator[tuple[int, Any]]:

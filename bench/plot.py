@@ -38,19 +38,38 @@ def plot_losses(axes: plt.Axes, rows: list[dict]) -> None:
     axes.legend(fontsize=7)
 
 
+MARKERS = {"normops": "o", "torch": "x", "torch.compile": "+"}
+
+
 def plot_times(axes: plt.Axes, rows: list[dict]) -> None:
     rows = [row for row in rows if row["ok"]]
-    labels = list(dict.fromkeys((row["case"], row["format"], row["direction"]) for row in rows))
+    labels = list(dict.fromkeys((row["case"], row["format"], row["dtype"], row["direction"]) for row in rows))
     place = {label: i for i, label in enumerate(labels)}
-    for provider, marker in (("torch", "x"), ("torch.compile", "+"), ("normops", "o")):
+    for provider in dict.fromkeys((*MARKERS, *sorted(row["provider"] for row in rows))):
         points = [row for row in rows if row["provider"] == provider]
-        y = [place[r["case"], r["format"], r["direction"]] for r in points]
-        axes.scatter([1 / r["of_floor"] for r in points], y, s=14, marker=marker, label=provider)
+        y = [place[r["case"], r["format"], r["dtype"], r["direction"]] for r in points]
+        x = [r["us"] / r["floor_us"] for r in points]
+        ends = [[(r["us"] - r["us_low"]) / r["floor_us"] for r in points],
+                [(r["us_high"] - r["us"]) / r["floor_us"] for r in points]]  # fmt: skip
+        marker = MARKERS.get(provider, ".")
+        axes.errorbar(x, y, xerr=ends, fmt=marker, markersize=4, linewidth=0.8, label=provider)
     axes.axvline(1, color="black", linewidth=1)
-    axes.set(xscale="log", xlabel="time / copy floor", title="time")
-    axes.set_yticks(range(len(labels)), [" ".join(label) for label in labels], fontsize=4)
+    axes.set(xscale="log", xlabel="time / copy floor (median, quartiles)", title="time")
+    axes.set_yticks(range(len(labels)), [" · ".join(label) for label in labels], fontsize=4)
     axes.set_ylim(len(labels), -1)
     axes.legend(fontsize=7)
+
+
+def plot_run(rows: list[dict], title: str, path: Path) -> None:
+    """Times of a run as SVG: the same bytes from the same rows."""
+    rows = [row for row in rows if row["direction"] != "both"]
+    lines = {(row["case"], row["format"], row["dtype"], row["direction"]) for row in rows}
+    with plt.rc_context({"svg.hashsalt": "normops"}):
+        figure, axes = plt.subplots(figsize=(8, 1.5 + 0.09 * len(lines)), layout="constrained")
+        plot_times(axes, rows)
+        axes.set_title(title, fontsize=7)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
 
 
 def plot(out: Path) -> Path | None:

@@ -1,36 +1,80 @@
-"""Time of every case at its real shape: normops, torch eager and torch.compile against a copy of the same run.
+"""Time of cases at their real shapes, against others and against a copy of the same run.
 
 CUDA graphs are replayed, so host time does not count. A graph calls a provider once for each of several input sets that
 together exceed every L2 cache, and all outputs stay alive, so reads and writes go to DRAM. Graphs of all providers and
-of the copy take turns; medians are reported.
+of the copy take turns, in another order every turn; medians and quartiles are reported. What cannot be captured is
+called from Python, and marked: its time may be the host's.
+
+A provider is timed where its results, at the same shape, are as near to float64 as its bound allows.
 
 Floor: a fused call cannot take less time than copying as many bytes as it must read and write (`passes` over x).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from statistics import median
-from typing import Any
+from statistics import quantiles
+from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from . import providers
 from .cases import Case, select
-from .common import console, progress_bar, save
-from .verify import shape_of
+from .common import console, print_table, progress_bar, save
+from .device import Cuda
+from .peers import COMPILED, PROVIDERS, Provider
 
 ROTATE = 200 * 2**20
 """Bytes of x in all input sets together: more than the L2 cache of any GPU."""
-REPLAYS = 21
-SLACK = 4.0
-"""How far from float64 the others may be, in bounds of normops: a composition rounds between its functions."""
-Graph = tuple[torch.cuda.CUDAGraph, Any]
+REPLAYS = 25
+WARM_US, WARM_TURNS = 30_000, 30
+"""Turns that do not count: until they took so long together (clocks rise under load), or so many."""
+DIRECTIONS = ("forward", "backward", "both")
+Row = dict[str, Any]
+Call = Callable[[providers.Inputs], providers.Outputs]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case in one memory format and dtype."""
+
+    case: Case
+    format: str
+    dtype: str
+    seed: int = 0
+    compile: str | None = None
+    """Why torch.compile is left out; None: it is not."""
+
+    @property
+    def key(self) -> Row:
+        c = self.case
+        return {"case": c.name, "norm": c.norm, "shape": c.shape, "format": self.format, "dtype": self.dtype}
+
+    @property
+    def name(self) -> str:
+        return f"{self.case.name}, {self.format}, {self.dtype}"
+
+    def inputs(self, shape: tuple[int, ...], seed: int) -> providers.Inputs:
+        return providers.make_inputs(
+            self.case, shape, self.case.formats[self.format], providers.DTYPES[self.dtype], seed
+        )
+
+
+class Spread(NamedTuple):
+    low: float
+    median: float
+    high: float
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Quartiles."""
+    if len(values) == 1:
+        return Spread(*values * 3)
+    return Spread(*quantiles(values, n=4, method="inclusive"))
 
 
 def passes(case: Case) -> dict[str, float]:
@@ -38,97 +82,178 @@ def passes(case: Case) -> dict[str, float]:
     forward = 2 + 2 * case.pre_add + case.post_add  # x, y; pre_add, sum; post_add
     # x, dy, dx; dsum; post_add read again for the activation, its gradient written (without one it is dy itself)
     backward = 3 + case.pre_add + 2 * (case.post_add and case.activation is not None)
-    return {"forward": forward, "backward": backward}
+    return {"forward": forward, "backward": backward, "both": forward + backward}
 
 
-def compiled(case: Case) -> Callable[[providers.Inputs], providers.Outputs]:
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # the backward is called more than once
-    return torch.compile(partial(providers.by_torch, case), dynamic=False)
+def take_turns(elapsed: Callable[[str], float], names: Sequence[str], turns: int = REPLAYS) -> dict[str, list[float]]:
+    """`elapsed` of every name, `turns` times, after turns that do not count; each turn starts one name further on."""
+    times: dict[str, list[float]] = {name: [] for name in names}
+    warmed, turn = 0.0, 0
+    while turn < 3 or (warmed < WARM_US and turn < WARM_TURNS):
+        warmed += sum(elapsed(name) for name in names)
+        turn += 1
+    for turn in range(turns):
+        first = turn % len(names)
+        for name in (*names[first:], *names[:first]):
+            times[name].append(elapsed(name))
+    return times
 
 
-def capture(calls: list[Callable[[], Any]], stream: torch.cuda.Stream) -> Graph:
-    """A graph of the calls, one after another, and their outputs, kept so that no two calls write the same memory."""
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [call() for call in calls]
-    return graph, kept
-
-
-def interleaved(graphs: dict[str, Graph], calls: int) -> dict[str, float]:
-    """Microseconds of one call of each: medians over replays that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(REPLAYS + 2):
-        for name, (graph, _) in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                times[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: median(values) for name, values in times.items()}
-
-
-def gradient(outputs: providers.Outputs, inputs: providers.Inputs) -> tuple[torch.Tensor, ...]:
+def gradient(outputs: providers.Outputs, inputs: providers.Inputs, retain: bool = True) -> tuple[torch.Tensor, ...]:
     gradients = providers.output_gradients(inputs)
-    return torch.autograd.grad(outputs, providers.leaves(inputs), gradients, retain_graph=True)
+    return torch.autograd.grad(outputs, providers.leaves(inputs), gradients, retain_graph=retain)
 
 
-def check(
-    case: Case, call: Callable[..., Any], memory_format: torch.memory_format, dtype: torch.dtype, slack: float
-) -> float:
-    """The worst error of a provider as a share of its bound, on a smaller batch of the real shape."""
-    inputs = providers.make_inputs(case, shape_of(case), memory_format, dtype)
-    _, errors = providers.errors_of(call, case, inputs, dtype, slack)
-    return max(error["share"] for error in errors.values())
+def step(call: Call, inputs: providers.Inputs) -> Any:
+    outputs = call(inputs)
+    return outputs, gradient(outputs, inputs, retain=False)
 
 
-def time_case(case: Case, format_name: str, dtype_name: str, seed: int) -> list[dict[str, Any]]:
-    memory_format, dtype = case.formats[format_name], providers.DTYPES[dtype_name]
-    key = {"case": case.name, "norm": case.norm, "shape": case.shape, "format": format_name, "dtype": dtype_name}
-    candidates = {"normops": partial(providers.by_normops, case), "torch": partial(providers.by_torch, case)}
-    candidates["torch.compile"] = compiled(case)
-    rows: list[dict[str, Any]] = []
-    right: dict[str, Callable[..., Any]] = {}
-    for name, call in candidates.items():
-        try:
-            share = check(case, call, memory_format, dtype, 1.0 if name == "normops" else SLACK)
-        except Exception as error:  # a provider that cannot do a case is reported as such
-            rows.append(key | {"provider": name, "ok": False, "error": f"{type(error).__name__}: {error}"})
+def own(inputs: providers.Inputs) -> providers.Inputs:
+    """The same operands with running statistics of their own: these are written to."""
+    copies = {n: t.clone() for n, t in inputs.items() if n.startswith("running") and t is not None}
+    return inputs | copies
+
+
+def check(job: Job, provider: Provider, call: Call, shape: tuple[int, ...]) -> float:
+    """The worst error of a provider as a share of its bound.  Raises AssertionError where it is not within it."""
+    inputs, dtype = job.inputs(shape, job.seed), providers.DTYPES[job.dtype]
+    _, errors = providers.errors_of(call, job.case, inputs, dtype, provider.slack)
+    worst = max(errors, key=lambda name: errors[name]["share"])
+    share = errors[worst]["share"]
+    if not share <= 1:
+        raise AssertionError(f"wrong: {worst} is off by {share:.3g} times its bound")
+    return share
+
+
+def backend(outputs: providers.Outputs) -> str | None:
+    """cuDNN where autograd's graph shows that PyTorch called it."""
+    seen, todo = set(), [outputs[0].grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
             continue
-        if share <= 1:
-            right[name] = call
-        else:
-            rows.append(key | {"provider": name, "ok": False, "error": f"wrong: {share:.3g} times the bound"})
-    if not right:
-        return rows
+        seen.add(node)
+        if node.name().startswith("Cudnn"):
+            return "cuDNN"
+        todo += [child for child, _ in node.next_functions]
+    return None
 
-    first = providers.make_inputs(case, case.shape, memory_format, dtype, seed)
-    sets = max(1, ceil(ROTATE / (first["x"].numel() * dtype.itemsize)))
-    inputs = [first, *(providers.make_inputs(case, case.shape, memory_format, dtype, seed + i) for i in range(1, sets))]
-    stream = torch.cuda.Stream()
-    for direction, count in passes(case).items():
-        graphs = {"copy": capture([i["x"].detach().clone for i in inputs], stream)}
-        for name, call in right.items():
-            if direction == "forward":
-                calls = [partial(call, i) for i in inputs]
-            else:
-                with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream
-                    calls = [partial(gradient, call(i), i) for i in inputs]
-            graphs[name] = capture(calls, stream)
-        times = interleaved(graphs, sets)
-        floor = times["copy"] * count / 2
-        for name in right:
-            row = {"provider": name, "direction": direction, "us": times[name], "copy_us": times["copy"]}
-            rows.append(key | row | {"floor_us": floor, "of_floor": floor / times[name], "sets": sets, "ok": True})
-        del graphs
-    return rows
+
+def memory(device: Any, name: str, call: Call, inputs: providers.Inputs) -> Row:
+    """Bytes of one forward and backward: what stays allocated between the two beside the outputs, the peaks, and what
+    autograd was given to keep (operands included; not seen through torch.compile)."""
+    saved: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    if name != COMPILED:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            call(inputs)
+    device.release()
+    before = device.allocated()
+    device.peak()
+    outputs = call(inputs)
+    peak = device.peak()
+    kept = device.allocated() - before - sum(t.untyped_storage().nbytes() for t in outputs)
+    gradients = gradient(outputs, inputs, retain=False)
+    both = max(peak, device.peak())
+    del gradients
+    return {
+        "x_bytes": inputs["x"].untyped_storage().nbytes(), "kept_bytes": kept, "peak_forward_bytes": peak - before,
+        "peak_bytes": both - before, "saved_bytes": None if name == COMPILED else sum(saved.values()),
+        "backend": backend(outputs),
+    }  # fmt: skip
+
+
+def right(job: Job, device: Any, offered: Sequence[Provider]) -> tuple[dict[str, tuple[Call, Row]], list[Row]]:
+    """Providers whose results are right, with facts about them; and rows that say what is wrong with the others."""
+    found: dict[str, tuple[Call, Row]] = {}
+    rows: list[Row] = []
+    shape, dtype = device.shape(job.case), providers.DTYPES[job.dtype]
+    for provider in offered:
+        row = job.key | {"provider": provider.name, "ok": False}
+        reason = provider.reason(job.case, job.format, dtype)
+        if provider.name == COMPILED:
+            reason = reason or job.compile
+        if reason:
+            rows.append(row | {"skipped": reason})
+            continue
+        try:
+            call = provider.build(job.case)
+            share = check(job, provider, call, shape)
+            device.release()
+            facts = memory(device, provider.name, call, job.inputs(shape, job.seed))
+        except Exception as error:  # a provider that cannot do a case is reported as such
+            known = isinstance(error, AssertionError) and str(error).startswith("wrong")
+            rows.append(row | {"error": str(error) if known else f"{type(error).__name__}: {error}"[:500]})
+        else:
+            found[provider.name] = call, facts | {"share": share}
+        device.release()
+    return found, rows
+
+
+def time_job(job: Job, device: Any = None, offered: Sequence[Provider] = PROVIDERS) -> list[Row]:
+    """Rows of one job, one for each provider and direction; one for each provider that is not timed."""
+    device = device or Cuda()
+    calls, rows = right(job, device, offered)
+    if not calls:
+        return rows
+    shape = device.shape(job.case)
+    first = job.inputs(shape, job.seed)
+    count = max(1, ceil(ROTATE / (first["x"].numel() * first["x"].element_size()))) if device.rotates else 2
+    inputs = [first, *(job.inputs(shape, job.seed + i) for i in range(1, count))]
+    for direction, units in passes(job.case).items():
+        replays = {"copy": device.capture([i["x"].detach().clone for i in inputs])}
+        for name, (call, _) in calls.items():
+            try:
+                sets = [own(i) for i in inputs]
+                if direction == "backward":
+                    with device.stream():
+                        made = [partial(gradient, call(i), i) for i in sets]
+                else:
+                    made = [partial(call if direction == "forward" else partial(step, call), i) for i in sets]
+                replays[name] = device.capture(made)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"[:500]
+                rows.append(job.key | {"provider": name, "ok": False, "direction": direction, "error": problem})
+        times = take_turns(lambda name, held=replays: device.elapsed(held[name]), tuple(replays))
+        copy = spread(times["copy"]).median / count
+        for name in replays.keys() - {"copy"}:
+            low, median, high = (value / count for value in spread(times[name]))
+            floor = copy * units / 2
+            rows.append(job.key | calls[name][1] | {
+                "provider": name, "direction": direction, "ok": True, "us": median, "us_low": low, "us_high": high,
+                "copy_us": copy, "floor_us": floor, "of_floor": floor / median, "sets": count,
+                "graph": replays[name].graph, "why_no_graph": replays[name].why,
+            })  # fmt: skip
+        replays.clear()
+        device.release()
+    order = {provider.name: i for i, provider in enumerate(offered)}
+    return sorted(rows, key=lambda row: order[row["provider"]])
+
+
+def print_rows(rows: Sequence[Row]) -> None:
+    """A table of what was timed, and what was not and why."""
+    timed = [row for row in rows if row["ok"]]
+    names = list(dict.fromkeys(row["provider"] for row in sorted(timed, key=lambda r: r["provider"] != "normops")))
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in timed:
+        key = (row["case"], row["format"], row["dtype"], row["direction"])
+        line = lines.setdefault(key, {"floor": f"{row['floor_us']:.1f}"})
+        line[row["provider"]] = f"{row['us']:.1f} ({row['of_floor']:.0%}){'' if row['graph'] else ' host'}"
+    columns = ("case", "format", "dtype", "direction", "floor", *names)
+    title = "Microseconds, and share of the copy floor reached; host: called from Python, whose time may show"
+    print_table(title, columns, ((*key, *(line.get(n, "") for n in columns[4:])) for key, line in lines.items()))
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row["ok"] and "error" in row:
+            reasons.setdefault((row["provider"], row["error"]), []).append(row["case"])
+    for (provider, error), cases in reasons.items():
+        names = ", ".join(dict.fromkeys(cases))
+        console.print(f"not timed: {provider}, {names}: {error}", markup=False, style="red", soft_wrap=True)
 
 
 def time_all(only: str | None, out: Path, seed: int, dtype: str) -> bool:
@@ -136,34 +261,14 @@ def time_all(only: str | None, out: Path, seed: int, dtype: str) -> bool:
     if not torch.cuda.is_available():
         console.print("no CUDA device: nothing was timed")
         return True
-    rows: list[dict[str, Any]] = []
-    tasks = [(case, format_name) for case in select(only) for format_name in case.formats]
+    jobs = [Job(case, name, dtype, seed) for case in select(only) for name in case.formats]
+    rows: list[Row] = []
     with progress_bar() as progress:
-        for case, format_name in progress.track(tasks, description="time"):
+        for job in progress.track(jobs, description="time"):
             try:
-                rows += time_case(case, format_name, dtype, seed)
+                rows += time_job(job)
             except Exception as error:  # out of memory, say: the others still run
-                problem = f"{type(error).__name__}: {error}"
-                row = {"case": case.name, "format": format_name, "provider": "all"}
-                rows.append(row | {"ok": False, "error": problem})
-            torch.cuda.empty_cache()
+                rows.append(job.key | {"provider": "normops", "ok": False, "error": f"{type(error).__name__}: {error}"})
     save(out, "timing", {"method": __doc__, "rows": rows})
-
-    names = ("normops", "torch", "torch.compile")
-    title = f"Microseconds ({dtype}), and share of the copy floor reached"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for column in ("case", "format", "direction", "floor", *names):
-        table.add_column(column, no_wrap=True)
-    lines: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for row in rows:
-        if row["ok"]:
-            line = lines.setdefault((row["case"], row["format"], row["direction"]), {"floor": f"{row['floor_us']:.1f}"})
-            line[row["provider"]] = f"{row['us']:.1f} ({row['of_floor']:.0%})"
-    for key, line in lines.items():
-        table.add_row(*key, line["floor"], *(line.get(name, "") for name in names))
-    console.print(table)
-    for row in rows:
-        if not row["ok"]:
-            text = f"not timed: {row['case']} {row['format']} {row['provider']}: {row['error']}"
-            console.print(text, markup=False, style="red")
-    return all(row["ok"] for row in rows if row["provider"] in ("normops", "all"))
+    print_rows(rows)
+    return not any(row["provider"] == "normops" and "error" in row for row in rows)

@@ -9,25 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from normops import schedule
 
 from . import providers
 from .cases import Case, select
-from .common import console, run_all, save
+from .common import console, print_table, run_all, save
 
-LARGEST = 2**26
-"""Elements of x on a GPU (float64 references take eight bytes each): larger batches are cut."""
+COPIES = 20
+"""Tensors of x's size in float64 that verifying a call holds at most: operands, both results, gradients, errors."""
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
-    """The shrunken shape in the interpreter; on a GPU the real one, with a smaller batch where it is huge."""
+    """The shrunken shape in the interpreter; on a GPU the real one, its batch cut where memory would not hold it."""
     if not torch.cuda.is_available():
         return case.small
-    sample = prod(case.shape[1:])
-    return (max(1, min(case.shape[0], LARGEST // sample)), *case.shape[1:])
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    sample = prod(case.shape[1:]) * COPIES * 8
+    return (max(1, min(case.shape[0], int(0.9 * memory) // sample)), *case.shape[1:])
 
 
 def schedule_of(case: Case) -> Any:
@@ -72,17 +71,13 @@ def verify(only: str | None, out: Path, seed: int) -> bool:
     rows = [row for index in sorted(done) for row in done[index]]
     save(out, "verify", {"reason": providers.REASON, "rows": rows})
 
-    table = Table(title="Largest error, 1 = bound, and the tensor it is in", title_justify="left", box=SIMPLE_HEAD)
-    for column in ("case", "format", *providers.DTYPES):
-        table.add_column(column, no_wrap=True)
     lines: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         cell = row["worst"] if row["share"] is None else f"{row['share']:.2f} {row['worst']}"
         line = lines.setdefault((row["case"], row["format"]), [])
         line.append(cell if row["ok"] else f"[red]{cell}")
-    for key, cells in lines.items():
-        table.add_row(*key, *cells)
-    console.print(table)
+    title = "Largest error, 1 = bound, and the tensor it is in"
+    print_table(title, ("case", "format", *providers.DTYPES), ((*key, *cells) for key, cells in lines.items()))
     failed = [row for row in rows if not row["ok"]]
     problems: dict[tuple[str, str], list[str]] = {}
     for row in failed:

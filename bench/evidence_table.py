@@ -1,0 +1,84 @@
+"""The table of ``python -m bench evidence``: one line a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from normops.testing import Hardware
+
+from .cases import CASES
+from .common import console, print_table
+from .figures import IDLE, LARGE, OVER_FLOOR, Row, problems, summary, worst
+
+COLUMNS = (
+    "case", "call", "engine", "n", "floor", "L2 MB", "win", "regs", "bits", "waves", "idle", "KB", "pred us",
+)  # fmt: skip
+CALLS = {"forward": "fwd", "backward": "bwd"}
+FORMATS = {"contiguous": "", "channels_last": " cl", "channels_last_3d": " cl"}
+LEGEND = (
+    "cl: channels_last. n: launches. floor: bytes to and from DRAM / the least possible. L2 MB: reads assumed to be "
+    "found in L2, win: MB that must stay there for it. regs: of a thread, + bytes spilled. bits: narrowest access to "
+    "tensors of x's size, and / what the shape allows where that is more. waves, idle (SMs without a program), KB in "
+    "flight per SM: of launches that touch such tensors. All of the worst launch. pred us: predicted, not measured."
+)
+
+
+def megabytes(n: int) -> str:
+    return f"{n / 1e6:.1f}" if n else ""
+
+
+def cells(row: Row) -> list[str]:
+    """The figures of a call, as they are printed; what is a problem in red."""
+    figures, wrong = worst(row), problems(row)
+
+    def mark(text: str, problem: str) -> str:
+        return f"[red]{text}" if problem in wrong else text
+
+    bits = "?" if figures["narrowest_bits"] is None else str(figures["narrowest_bits"])
+    if "narrow" in wrong:
+        bits += f"/{row['allowed_bits']}"
+    return [
+        CALLS[row["direction"]] + FORMATS[row["format"]], row["engine"], str(len(row["launches"])),
+        mark(f"{row['over_floor']:.2f}", "over floor"), megabytes(row["l2_bytes"]), megabytes(row["l2_window_bytes"]),
+        mark(f"{figures['registers']}" + f"+{figures['spills']}" * bool(figures["spills"]), "spills"),
+        mark(bits, "narrow"),
+        f"{figures['waves']:.1f}", mark(f"{figures['idle']:.0%}" if figures["idle"] else "", "idle"),
+        f"{figures['in_flight_bytes'] / 1e3:.0f}", f"{row['predicted_us']:.1f}",
+    ]  # fmt: skip
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """Cases of one norm together, under its name; a case is named once."""
+    norms = {case.name: case.norm for case in CASES}
+    order = list(dict.fromkeys(norms.values()))
+    found: list[list[str]] = []
+    norm = case = None
+    for row in sorted(rows, key=lambda row: order.index(norms[row["case"]])):
+        if norms[row["case"]] != norm:
+            norm = norms[row["case"]]
+            found.append([f"[bold]{norm}", *[""] * (len(COLUMNS) - 1)])
+        found.append([row["case"] if row["case"] != case else "", *cells(row)])
+        case = row["case"]
+    return found
+
+
+def sentence(counts: dict[str, Any]) -> str:
+    engines = ", ".join(f"{n} {engine}" for engine, n in counts["engines"].items())
+    return (
+        f"{counts['calls']} calls ({engines}): {counts['spills']} spill, {counts['over_floor']} move over "
+        f"{OVER_FLOOR} x floor, {counts['narrow']} have accesses narrower than their shape allows, {counts['idle']} "
+        f"leave over {IDLE:.0%} of the SMs idle with x above {LARGE / 1e6:.0f} MB."
+    )
+
+
+def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str) -> None:
+    title = f"{hardware.title}, {dtype}: compiled, not run"
+    print_table(title, COLUMNS, lines(rows))
+    console.print(LEGEND, markup=False, highlight=False)
+    console.print(
+        f"Predicted time = DRAM bytes / {hardware.copy_bandwidth / 1e12:.2f} TB/s ({hardware.bandwidth_source}) + "
+        f"launches x {hardware.launch_floor * 1e6:.1f} us ({hardware.launch_floor_source}).",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    console.print(sentence(summary(rows)), markup=False, highlight=False, style="bold")

@@ -1,0 +1,159 @@
+"""``python -m bench report``: committed results of GPU runs as the README's table and as pictures."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import records
+from .console import console
+from .gpu import FIRST
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+START, END = "<!-- results -->", "<!-- /results -->"
+NOTHING = "Not measured yet: no run of `python -m bench gpu` is committed, so this page makes no claim about speed."
+OWN, BASELINES = "normops", ("torch", "torch.compile")
+DIRECTIONS = ("forward", "backward")
+Content = dict[str, Any]
+Row = dict[str, Any]
+
+
+def latest(runs: Sequence[Content]) -> dict[str, list[Content]]:
+    """For each GPU the runs of its newest commit: numbers of two commits never stand side by side."""
+    found: dict[str, list[Content]] = {}
+    for run in runs:
+        where = run["environment"]
+        kept = found.setdefault(where["device"], [])
+        if kept and kept[0]["environment"]["commit"] != where["commit"]:
+            kept.clear()
+        kept.append(run)
+    return found
+
+
+def timed(runs: Sequence[Content]) -> list[Row]:
+    """Rows with times; of a call that was timed in several runs the newest."""
+    rows = {}
+    for run in runs:
+        for row in run.get("timing", []):
+            if row["ok"]:
+                key = (row["case"], row["format"], row["dtype"], row["provider"], row["direction"])
+                rows[key] = row
+    return list(rows.values())
+
+
+def calls(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[tuple[str, str], Row]]:
+    """(case, format, dtype) -> (direction, provider) -> row; the most telling cases first."""
+    place = {name: i for i, name in enumerate(FIRST)}
+    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    for row in sorted(rows, key=lambda row: place.get(row["case"], len(place))):
+        key = (row["case"], row["format"], row["dtype"])
+        found.setdefault(key, {})[row["direction"], row["provider"]] = row
+    return found
+
+
+def ratio(call: dict[tuple[str, str], Row], direction: str, provider: str) -> str:
+    other = call.get((direction, provider))
+    if other is None:
+        return "–"
+    host = "" if other["graph"] else "*"
+    return f"{other['us'] / call[direction, OWN]['us']:.2f}×{host}"
+
+
+def best(call: dict[tuple[str, str], Row], direction: str) -> str:
+    """The fastest library beside PyTorch."""
+    others = [r for (d, p), r in call.items() if d == direction and p not in (OWN, *BASELINES) and r["graph"]]
+    if not others:
+        return "–"
+    fastest = min(others, key=lambda row: row["us"])
+    return f"{ratio(call, direction, fastest['provider'])} {fastest['provider']}"
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    lines = [
+        "| case | format | dtype | direction | µs (quartiles) | of copy floor | torch | torch.compile | best other |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (case, memory_format, dtype), call in calls(rows).items():
+        for direction in DIRECTIONS:
+            mine = call.get((direction, OWN))
+            if mine is not None:
+                others = (ratio(call, direction, name) for name in BASELINES)
+                time = f"{mine['us']:.1f} ({mine['us_low']:.1f}–{mine['us_high']:.1f})"
+                cells = (case, memory_format, dtype, direction, time, f"{mine['of_floor']:.0%}", *others)
+                lines.append(f"| {' | '.join((*cells, best(call, direction)))} |")
+    return lines
+
+
+def describe(device: str, runs: Sequence[Content]) -> str:
+    where, machine = runs[-1]["environment"], runs[-1]["machine"] or {}
+    commit = (where["commit"] or "unknown")[:7] + (" with changes" if where["dirty"] else "")
+    driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
+    return f"{device}{driver}, torch {where['torch']}, Triton {where['triton']}, {where['date'][:10]}, commit {commit}"
+
+
+def states(runs: Sequence[Content]) -> str:
+    """What was checked in the same runs, and what there was no time for."""
+    verified = [r for run in runs for r in run.get("verify", []) if r["provider"] == OWN]
+    repeated = [r for run in runs for r in run.get("repeats", [])]
+    left = {name for run in runs for name in run["not_run"].get("timing", [])}
+    done = {f"{r['case']}, {r['format']}, {r['dtype']}" for r in timed(runs)}
+    parts = [f"{sum(r['ok'] for r in verified)} of {len(verified)} calls within their bounds of float64",
+             f"{sum(r['ok'] for r in repeated)} of {len(repeated)} with the same bits on every run"]  # fmt: skip
+    if left - done:
+        parts.append(f"no time for {len(left - done)} calls")
+    return "; ".join(parts)
+
+
+def section(runs: Sequence[Content], names: Sequence[str] = FIRST) -> str:
+    """What stands between the markers."""
+    found = {device: group for device, group in latest(runs).items() if timed(group)}
+    if not found:
+        return NOTHING
+    lines = []
+    for device, group in found.items():
+        rows = [row for row in timed(group) if row["case"] in names]
+        lines += [f"**{describe(device, group)}.** {states(group)}.", "", *table(rows), ""]
+    lines += [
+        "Others: their time over that of normops. A star: not captured in a CUDA graph, so the time may be the host's.",
+        "All cases, memory and DRAM bytes: [bench/results](bench/results/README.md).",
+    ]
+    return "\n".join(lines)
+
+
+def placed(text: str, content: str) -> str:
+    """The README with its section replaced.  Raises ValueError where it has no markers."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"the README must hold {START} and {END}")
+    return f"{before}{START}\n{content}\n{END}{after}"
+
+
+def report(folder: Path, readme: Path) -> bool:
+    """Write the section and the pictures; True if anything changed in the README."""
+    runs = records.read(folder)
+    old = readme.read_text(encoding="utf-8")
+    new = placed(old, section(runs))
+    if new != old:
+        readme.write_text(new, encoding="utf-8")
+    for device, group in latest(runs).items():
+        rows = timed(group)
+        if rows:
+            from .plot import plot_run
+
+            title = describe(device, group)
+            plot_run(rows, title, folder / f"{records.slug(device)}.svg")
+            (folder / f"{records.slug(device)}.md").write_text("\n".join([f"# {title}", "", *table(rows)]) + "\n")
+    return new != old
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m bench report", description="The README's table from committed results.")
+    parser.add_argument("--results", type=Path, default=records.FOLDER, help="folder of results files")
+    parser.add_argument("--readme", type=Path, default=README)
+    given = parser.parse_args(arguments)
+    changed = report(given.results, given.readme)
+    console.print(f"{given.readme}: {'written' if changed else 'unchanged'}", markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,367 @@
+"""What the case table compiles to: no spills, accesses as wide as shapes allow, nothing worse than the baseline.
+
+And the functions that say so, on made-up figures.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from bench.cases import CASES
+from bench.compare import compare, read_rows, worktree, write_baseline
+from bench.evidence import against_baseline
+from bench.evidence_table import COLUMNS, lines
+from bench.figures import (
+    SCHEMA,
+    allowed_bits,
+    describe_call,
+    describe_launch,
+    narrowest,
+    points,
+    problems,
+    summary,
+    wide_share,
+    worst,
+)
+from normops import functional, testing
+from normops.cost import Moved
+from normops.layout import coalesce, dense_strides
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {
+    "normalize", "statistics", "apply", "grad_normalize", "grad_statistics", "grad_apply", "finish_statistics",
+    "finish_group", "finish_affine",
+}  # fmt: skip
+
+# Launches that do spill, and the bytes that are known of them: to become fewer, not more.
+SPILLS = {
+    ("h200", "unet 2560x8 contiguous backward", "grad_normalize"): 8,
+    ("b200", "unet 960x64 channels_last backward", "grad_statistics"): 16,
+}
+
+
+def measured(out: Path, *options: str) -> list[dict[str, Any]]:
+    """Rows of the command, without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "evidence", "--out", str(out), *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return json.loads((out / "evidence.json").read_text())["rows"]
+
+
+def name(row: dict[str, Any]) -> str:
+    return f"{row['case']} {row['format']} {row['direction']}"
+
+
+@pytest.mark.parametrize("device", ["h200", "a100", "b200"])
+def test_the_case_table(device: str, tmp_path: Path) -> None:
+    rows = measured(tmp_path, "--device", device)
+    calls = [(c.name, fmt, d) for c in CASES for fmt in c.formats for d in ("forward", "backward")]
+    assert [(r["case"], r["format"], r["direction"]) for r in rows] == calls
+    launches = [(row, launch) for row in rows for launch in row["launches"]]
+    assert {launch["kernel"] for _, launch in launches} == KERNELS, "the case table shows every kernel"
+    spilled = [
+        f"{name(row)} {n['kernel']}: {n['spills']} bytes"
+        for row, n in launches
+        if n["spills"] > SPILLS.get((device, name(row), n["kernel"]), 0)
+    ]
+    assert not spilled, spilled
+    unknown = [f"{name(row)} {n['kernel']}" for row, n in launches if n["streams"] and not n["narrowest_bits"]]
+    assert not unknown, f"accesses of these could not be found: {unknown}"
+    narrow = [
+        f"{name(row)} {n['kernel']}: {n['narrowest_bits']} bits where the shape allows {row['allowed_bits']}"
+        for row, n in launches
+        if n["streams"] and n["narrowest_bits"] < row["allowed_bits"]
+    ]
+    assert not narrow, narrow
+    if device == "h200":
+        worse, stale = against_baseline(device, "bf16", rows)
+        assert not worse, "worse than bench/results/evidence.json:\n" + "\n".join(worse)
+        if stale:
+            warnings.warn(stale, stacklevel=1)
+
+
+def launch_row(kernel: str = "normalize", **changes: Any) -> dict[str, Any]:
+    row = {
+        "kernel": kernel, "grid": 1000, "tile": {"K": 1, "A": 1024, "S": 1}, "warps": 4, "registers": 40, "spills": 0,
+        "stack": 0, "shared": 64, "resident": 8, "waves": 0.95, "idle": 0.0, "moved_bytes": 10, "wide_loads": 1.0,
+        "wide_stores": 1.0, "narrowest_bits": 128, "barriers": 2, "atomics": 0, "streams": True,
+        "in_flight_bytes": 16384,
+    }  # fmt: skip
+    return row | changes
+
+
+def call_row(*launches: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    row = {
+        "case": "vit-b", "format": "contiguous", "dtype": "bf16", "direction": "forward", "pattern": "KRa",
+        "engine": "resident", "x_bytes": 10**7, "workspace_bytes": 100, "hbm_bytes": 2 * 10**7,
+        "floor_bytes": 2 * 10**7, "over_floor": 1.0, "l2_bytes": 0, "l2_window_bytes": 0, "predicted_us": 7.2,
+        "allowed_bits": 128, "launches": list(launches) or [launch_row()],
+    }  # fmt: skip
+    return row | changes
+
+
+def first(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda row: row["launches"][0].update(changes)
+
+
+WORSE = {
+    "spills": (first(spills=16), "spills 0 -> 16"),
+    "narrowest": (first(narrowest_bits=16), "narrowest_bits 128 -> 16"),
+    "occupancy": (first(resident=7), "occupancy 32+ warps -> 16+ warps"),
+    "occupancy, warps": (first(resident=1, warps=4), "occupancy 32+ warps -> under 8 warps"),
+}
+
+
+@pytest.mark.parametrize("kind", WORSE)
+def test_a_worse_launch_is_named_with_both_figures(kind: str) -> None:
+    spoil, figures = WORSE[kind]
+    before, after = call_row(), call_row()
+    spoil(after)
+    (worse,) = [str(change) for change in compare([before], [after]) if change.worse]
+    assert worse == f"vit-b contiguous bf16 forward normalize: {figures}"
+    assert [str(c) for c in compare([after], [before]) if c.worse] == [], "the way back is better, not worse"
+    assert [c for c in compare([after], [before]) if c.worse is False]
+
+
+def test_more_launches_and_more_bytes_are_worse() -> None:
+    before = call_row()
+    after = call_row(launch_row("statistics"), launch_row("apply"), hbm_bytes=3 * 10**7)
+    worse = [str(change) for change in compare([before], [after]) if change.worse]
+    call = "vit-b contiguous bf16 forward"
+    assert worse == [f"{call}: launches 1 -> 2", f"{call}: hbm_bytes 20 000 000 -> 30 000 000"]
+    assert [c for c in compare([before], [call_row(hbm_bytes=20_010_000)]) if c.worse is not None] == []
+
+
+def test_a_kernel_that_is_new_to_a_call_may_not_spill_or_be_narrower() -> None:
+    before = call_row(launch_row("normalize", narrowest_bits=64))
+    fine = compare([before], [call_row(launch_row("apply", narrowest_bits=64))])
+    assert {change.worse for change in fine} == {None}
+    worse = compare([before], [call_row(launch_row("apply", narrowest_bits=16, spills=4))])
+    assert [(c.kernel, c.figure, c.before, c.after) for c in worse if c.worse] == [
+        ("apply", "spills", 0, 4),
+        ("apply", "narrowest_bits", 64, 16),
+    ]
+
+
+def test_kernels_that_a_call_launches_twice_are_told_apart() -> None:
+    before = call_row(launch_row("apply", registers=32), launch_row("apply", registers=64))
+    after = copy.deepcopy(before)
+    after["launches"][1]["registers"] = 65
+    assert [(c.figure, c.before, c.after, c.worse) for c in compare([before], [after])] == [("registers", 64, 65, None)]
+
+
+def test_calls_that_come_and_go() -> None:
+    spilling = call_row(launch_row(spills=8), case="new")
+    changes = compare([call_row(case="gone")], [spilling])
+    assert [(c.case, c.figure, c.before, c.after, c.worse) for c in changes] == [
+        ("new", "call", None, "present", None),
+        ("new", "spills", 0, 8, True),
+        ("gone", "call", "present", None, True),
+    ]
+    assert [c.worse for c in compare([], [call_row()])] == [None]
+
+
+def test_between_versions_of_triton_only_plans_and_new_spills_count() -> None:
+    before, after = call_row(launch_row(spills=0)), call_row(launch_row(spills=8))
+    for figures in ({"narrowest_bits": 16}, {"resident": 1}, {"registers": 255}):
+        assert compare([before], [call_row(launch_row(**figures))], exact=False) == []
+    assert [c.figure for c in compare([before], [after], exact=False)] == ["spills"]
+    more = call_row(launch_row(spills=80))
+    assert compare([after], [more], exact=False) == []
+    assert [c.figure for c in compare([before], [call_row(hbm_bytes=10**8)], exact=False)] == ["hbm_bytes"]
+
+
+def head(**changes: Any) -> dict[str, Any]:
+    return {"schema": SCHEMA, "device": "h200", "dtype": "bf16", "triton": triton.__version__} | changes
+
+
+def test_a_baseline_comes_back_sorted_and_the_same_every_time(tmp_path: Path) -> None:
+    rows = [call_row(case="b"), call_row(case="a", direction="backward"), call_row(case="a")]
+    path = tmp_path / "results" / "evidence.json"
+    write_baseline(path, head(), rows)
+    text = path.read_text()
+    assert text.count("\n") <= len(rows) + 8, "one line a call, so that a diff shows the calls that changed"
+    content = read_rows(path)
+    assert content["rows"] == [rows[1], rows[2], rows[0]]
+    write_baseline(path, head(), rows[::-1])
+    assert path.read_text() == text
+
+
+def test_a_baseline_says_what_is_worse_and_what_is_stale(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.json"
+    write_baseline(path, head(), [call_row(launch_row(spills=8))])
+    assert against_baseline("h200", "bf16", [call_row(launch_row(spills=8))], path) == ([], "")
+    worse, stale = against_baseline("h200", "bf16", [call_row(launch_row(spills=0))], path)
+    assert worse == [] and "1 figures better" in stale and "--baseline" in stale
+    worse, _ = against_baseline("h200", "bf16", [call_row(launch_row(spills=12))], path)
+    assert worse == ["vit-b contiguous bf16 forward normalize: spills 8 -> 12"]
+    write_baseline(path, head(triton="1.0"), [call_row(launch_row(spills=8))])
+    assert against_baseline("h200", "bf16", [call_row(launch_row(spills=12))], path) == ([], "")
+    with pytest.raises(ValueError, match="holds h200 bf16, not a100 bf16"):
+        against_baseline("a100", "bf16", [], path)
+    write_baseline(path, head(schema=SCHEMA + 1), [])
+    with pytest.raises(ValueError, match=f"must have schema {SCHEMA}, has {SCHEMA + 1}"):
+        read_rows(path)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repository"
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@n", "-C", str(folder)]
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    (folder / "file").write_text("old")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "old"], check=True)
+    (folder / "file").write_text("new")
+    return folder
+
+
+def trees(repository: Path) -> int:
+    listed = subprocess.run(["git", "-C", repository, "worktree", "list"], capture_output=True, text=True, check=True)
+    return len(listed.stdout.splitlines())
+
+
+def test_another_commit_is_checked_out_and_removed_whatever_happens(repository: Path) -> None:
+    with worktree(repository, "HEAD") as tree:
+        assert (tree / "file").read_text() == "old" and trees(repository) == 2
+    assert not tree.exists() and trees(repository) == 1
+    with pytest.raises(ZeroDivisionError), worktree(repository, "HEAD") as tree:
+        raise ZeroDivisionError
+    assert not tree.exists() and trees(repository) == 1
+    with pytest.raises(ValueError, match="base must name a commit, got 'nonsense'"), worktree(repository, "nonsense"):
+        pass
+    assert trees(repository) == 1
+
+
+class Launched:
+    """What a virtual device says of a launch."""
+
+    name, num_warps, registers, spills, stack, shared = "normalize", 4, 40, 0, 0, 64
+    resident, barriers, atomics = 12, 2, 0
+
+    def __init__(self, name: str, grid: int, widths: dict[str | None, dict[tuple[str, int], int]]) -> None:
+        self.name, self.grid, self.waves = name, (grid, 1, 1), grid / (12 * 132)
+        self.widths = widths
+
+    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
+        return self.widths.get(argument, {})
+
+
+def planned_launch(grid: int, space: tuple[tuple[int, ...], ...], n0: int, **blocks: int) -> SimpleNamespace:
+    kernel = SimpleNamespace(arg_names=["x_ptr", "post_ptr", "y_ptr", "w_ptr", "N0", "SPACE"])
+    constants = {"SPACE": space, "ALONG_M": True, **{f"BLOCK_{k}": v for k, v in blocks.items()}}
+    return SimpleNamespace(
+        kernel=kernel, grid=grid, pointers=("x", "post", "y", "w"), scalars=(n0,), constants=constants
+    )
+
+
+def test_shares_of_wide_accesses() -> None:
+    accesses = {("load", 128): 2, ("load", 256): 1, ("load", 16): 1, ("store", 64): 5}
+    assert wide_share(accesses, "load") == 0.75
+    assert wide_share(accesses, "store") == 0
+    assert wide_share({}, "load") is None
+
+
+def test_the_narrowest_access_is_that_of_the_pointers_asked_for() -> None:
+    launch: Any = Launched(
+        "n", 1, {"x_ptr": {("load", 128): 4}, "y_ptr": {("store", 64): 2}, "w_ptr": {("load", 16): 1}}
+    )
+    assert narrowest(launch, ["x_ptr", "y_ptr"]) == 64
+    assert narrowest(launch, ["x_ptr"]) == 128
+    assert narrowest(launch, ["post_ptr"]) is None
+
+    def cannot(argument: str | None = None) -> dict[tuple[str, int], int]:
+        raise NotImplementedError
+
+    launch.accesses = cannot
+    assert narrowest(launch, ["x_ptr"]) is None
+
+
+def test_a_tile_has_no_more_points_than_x() -> None:
+    space = ((0,), (1,), (768,), (1,))
+    assert points(planned_launch(10, space, 3, K=4, A=1024, S=1)) == 3 * 768
+    assert points(planned_launch(10, space, 300, K=4, A=512, S=1)) == 4 * 512
+
+
+def test_a_launch_in_figures() -> None:
+    planned = planned_launch(100, ((0,), (1,), (768,), (1,)), 100, K=1, A=1024, S=1)
+    launch: Any = Launched("normalize", 100, {None: {("load", 128): 1}, "x_ptr": {("load", 32): 1}})
+    moved = {"x": Moved(153600, 0), "post": Moved(153600, 0), "y": Moved(0, 153600), "w": Moved(1536, 0)}
+    row = describe_launch(launch, planned, moved, {"x": 2, "post": 4, "y": 2, "w": 4}, sms=132)
+    assert row["idle"] == round(32 / 132, 3)
+    assert row["moved_bytes"] == 3 * 153600 + 1536
+    assert row["narrowest_bits"] == 32 and row["wide_loads"] == 1.0 and row["wide_stores"] is None
+    assert row["in_flight_bytes"] == 768 * (2 + 4), "one program an SM, which loads x and post"
+    wide = describe_launch(Launched("normalize", 132 * 20, {}), planned, moved, {"x": 2, "post": 4}, sms=132)
+    assert wide["idle"] == 0 and wide["in_flight_bytes"] == 12 * 768 * 6, "no more than are resident"
+    partial = describe_launch(launch, planned, {"w": Moved(4, 4)}, {"w": 4}, sms=132)
+    assert not partial["streams"] and partial["in_flight_bytes"] is None and partial["narrowest_bits"] is None
+
+
+@pytest.mark.parametrize(
+    ("shape", "reduced", "itemsize", "bits"),
+    [
+        ((32, 2048, 7, 7), (0, 2, 3), 2, 16),  # planes of 49
+        ((32, 1024, 14, 14), (0, 2, 3), 2, 64),  # of 196
+        ((64, 197, 768), (2,), 2, 128),
+        ((64, 197, 770), (2,), 4, 64),
+        ((2, 64, 32, 30), (1, 3), 2, 32),  # channels_last GroupNorm, 30 channels a group
+    ],
+)
+def test_the_widest_access_that_a_shape_allows(
+    shape: tuple[int, ...], reduced: tuple[int, ...], itemsize: int, bits: int
+) -> None:
+    assert allowed_bits(coalesce(shape, (dense_strides(shape),), reduced), itemsize) == bits
+
+
+def test_problems_of_calls_and_their_counts() -> None:
+    rows = [
+        call_row(),
+        call_row(launch_row(spills=4), engine="split", over_floor=1.5),
+        call_row(launch_row(narrowest_bits=64), launch_row("finish", streams=False, narrowest_bits=None, idle=0.9)),
+        call_row(launch_row(idle=0.5)),
+        call_row(launch_row(idle=0.5), x_bytes=1000),
+        call_row(launch_row(narrowest_bits=64), allowed_bits=64),
+    ]
+    assert [problems(row) for row in rows] == [[], ["spills", "over floor"], ["narrow"], ["idle"], [], []]
+    assert summary(rows) == {
+        "calls": 6, "engines": {"resident": 5, "split": 1}, "spills": 1, "over_floor": 1, "narrow": 1, "idle": 1,
+    }  # fmt: skip
+    assert worst(rows[2])["idle"] == 0, "finishing kernels are small by nature"
+    assert worst(rows[2])["registers"] == 40
+    table = lines(rows[:2])
+    assert [line[0] for line in table] == ["[bold]layer", "vit-b", ""] and "[red]1.50" in table[2]
+    assert {len(line) for line in table} == {len(COLUMNS)}
+
+
+def test_a_call_in_figures() -> None:
+    x = torch.randn(6, 64, requires_grad=True)
+    with testing.plans() as planned:
+        functional.layer_norm(x, (64,))
+    (call,) = planned
+    launched: list[Any] = [
+        Launched(launch.kernel.__name__, launch.grid, {"x_ptr": {("load", 128): 1}}) for launch in call.plan.launches
+    ]
+    hardware = testing.HARDWARE["h200"]
+    row = describe_call({"case": "made up"}, call, launched, hardware)
+    assert row["engine"] == "resident" and row["pattern"] == "KR" and row["x_bytes"] == x.nbytes
+    assert row["floor_bytes"] == row["hbm_bytes"] == 2 * x.nbytes + 2 * 6 * 4, "x, y, mean, rstd"
+    assert row["workspace_bytes"] == 2 * 6 * 4 and row["over_floor"] == 1
+    seconds = row["hbm_bytes"] / hardware.copy_bandwidth + hardware.launch_floor
+    assert row["predicted_us"] == round(seconds * 1e6, 2)
+    with pytest.raises(RuntimeError, match=r"the plan launches \['normalize'\], the device saw \[\]"):
+        describe_call({}, call, [], hardware)
