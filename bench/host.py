@@ -1,9 +1,9 @@
 """Host time of an eager call: what Python spends until the last launch is out, forward and backward.
 
 Without a GPU the calls run on a virtual device: CPU tensors take the real launch path, and the driver's launch does
-nothing.  Missing then, for everyone alike: Triton's launcher, the CUDA driver, PyTorch's CUDA allocator (its CPU
-allocator stands in, keeping what was freed as the CUDA allocator does, see "empties_us") and the thread that autograd keeps for a GPU.  torch's own functions are called on
-eight elements, where a CPU's arithmetic costs next to nothing; their backward comes with it.
+nothing.  Missing then, for everyone alike: Triton's launcher, the CUDA driver, the thread that autograd keeps for a
+GPU, and PyTorch's CUDA allocator (its CPU allocator stands in and keeps what was freed, see "empties_us").  torch's
+own functions are called on eight elements, where a CPU's arithmetic costs next to nothing; backward comes with it.
 
 Liger's functions run unpatched.  On CPU tensors they take one SM for granted, ask no device for its properties and
 enter no device context, so their time is a little low; and they sum one row of partial sums per parameter on the CPU

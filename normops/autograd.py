@@ -60,6 +60,8 @@ class Normalize(torch.autograd.Function):
         return dx, dw, db, dpre, dpost, None, None, None
 
 
+# torch.autograd.graph.increment_version without its own checks.
+_increment_version = torch._C._increment_version
 # Function.apply looks for transforms of torch.func first and costs as much again as what it calls.
 _apply = super(torch.autograd.Function, Normalize).apply
 
@@ -114,29 +116,28 @@ def normalize(
     Options: `mean` and `var` (of a call with given statistics), or `running_mean`, `running_var` and `momentum`.
     """
     eps = float(eps)
-    weight_shape = call.axes.weight_shape
-    if weight_shape is not None:
-        weight, bias = (None if t is None else t.expand(weight_shape) for t in (weight, bias))
-    if pre_add is not None and pre_add.shape != x.shape:
-        pre_add = pre_add.expand(x.shape)
-    if post_add is not None and post_add.shape != x.shape:
-        post_add = post_add.expand(x.shape)
+    if call.reshaped:
+        shapes = (call.axes.weight_shape, call.axes.weight_shape, x.shape, x.shape)
+        weight, bias, pre_add, post_add = (
+            t if t is None or shape is None else t.expand(shape)
+            for t, shape in zip((weight, bias, pre_add, post_add), shapes, strict=True)
+        )
     if not call.kernels:
         out, total, *options["saved"] = _reference(x, weight, bias, pre_add, post_add, call.spec, eps, **options)
         return out if pre_add is None else (out, total)
-    if weight is not None and not weight.is_contiguous():
-        weight = weight.contiguous()
-    if bias is not None and not bias.is_contiguous():
-        bias = bias.contiguous()
+    if not call.dense:
+        weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     if torch._C._are_functorch_transforms_active():
         y = Normalize.apply(x, weight, bias, pre_add, post_add, call, eps, options)
-    elif forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _needed(x, weight, bias, pre_add, post_add)):
+    elif forward_ad._current_level >= 0 or (
+        torch.is_grad_enabled() and (x.requires_grad or _needed(weight, bias, pre_add, post_add))
+    ):
         y = _apply(x, weight, bias, pre_add, post_add, call, eps, options)
     else:
         out, total, options["saved"] = launch.forward(call, x, weight, bias, pre_add, post_add, eps, **options)
         y = out if pre_add is None else (out, total)
     if "running_mean" in options:
-        torch.autograd.graph.increment_version((options["running_mean"], options["running_var"]))
+        _increment_version((options["running_mean"], options["running_var"]))
     return y
 
 

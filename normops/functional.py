@@ -34,14 +34,11 @@ def _call(
             None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
             None if pre_add is None else (pre_add.shape, pre_add.stride(), pre_add.dtype, pre_add.device),
             None if post_add is None else (post_add.shape, post_add.stride(), post_add.dtype, post_add.device),
-            None if running_mean is None else (
+            None if running_mean is None or running_var is None else (
                 running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
-                running_mean.requires_grad,
-            ),
-            None if running_var is None else (
-                running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
-                running_var.requires_grad,
-            ),
+                running_mean.requires_grad, running_var.shape, running_var.stride(), running_var.dtype,
+                running_var.device, running_var.requires_grad,
+            ), running_mean is None, running_var is None,
         )  # fmt: skip
         found = launch.calls.get(key)
         if found is not None:
@@ -56,7 +53,10 @@ def _call(
     pre_add, post_add = checks.expanded("pre_add", pre_add, x), checks.expanded("post_add", post_add, x)
     affine = axes.affine if weight is not None or bias is not None else ()
     spec = Spec(axes.factors, axes.reduced, affine, center, activations.check(activation))
-    call = Call(spec, axes, x, weight, bias, pre_add, post_add, given)
+    reshaped = axes.weight_shape is not None or any(
+        t is not None and t.shape != x.shape for t in (operands.pre_add, operands.post_add)
+    )
+    call = Call(spec, axes, x, weight, bias, pre_add, post_add, given, reshaped)
     if key is not None:
         launch.remember(key, call)
     return call
@@ -155,7 +155,7 @@ def batch_norm(
     )  # fmt: skip
     options: dict[str, Any] = {}
     if not training:
-        options = {"mean": running_mean, "var": running_var}
+        options = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
     elif running_mean is not None:
         if momentum is None:
             raise ValueError(NO_MOMENTUM.format("batch_norm"))

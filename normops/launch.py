@@ -173,7 +173,7 @@ class Call:
 
     def __init__(
         self, spec: Spec, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
-        post_add: Tensor | None, given: bool,
+        post_add: Tensor | None, given: bool, reshaped: bool,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.axes = axes
@@ -184,6 +184,9 @@ class Call:
         self.device = x.device
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
+        self.reshaped = reshaped
+        """Whether operands come in other shapes than those that they broadcast to, which are given here."""
+        self.dense = all(t is None or t.is_contiguous() for t in (weight, bias))
         self.plain = spec.activation == "identity"
         self.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
         self.sum_dtype = x.dtype if pre_add is None else torch.result_type(x, pre_add)

@@ -241,7 +241,9 @@ def plan_backward(
 
     def statistics(per_a: bool, write: bool) -> int:
         """grad_statistics; returns the number of partials of a group (and of a, where they are kept apart)."""
-        tile = schedule.stream(layout, itemsize, acc_bytes, limits.grad_tile, 512)
+        # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
+        fewer = 1 if grad is None else 2
+        tile = schedule.stream(layout, itemsize, acc_bytes, limits.grad_tile // fewer, 512 // fewer)
         steps = schedule.steps(layout, tile)
         chunks_s = cdiv(n_s, tile.s * steps)
         blocks_a = cdiv(n_a, tile.a)
@@ -286,7 +288,9 @@ def plan_backward(
     # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
     along_rows = n_s == 1 and n_a > 1
     limit = limits.backward_affine if along_rows and (dw or db) else limits.backward
-    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512, extra=grad is not None)
+    # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
+    most = 16 if grad is None else 8
+    tile = schedule.whole_groups(layout, itemsize, acc_bytes, limit, limits.grad_tile, 512, grad is not None, most)
     engine = "split"
     if given or not dx:
         if not (dw or db):

@@ -122,26 +122,32 @@ def vector(layout: Layout, itemsize: int) -> int:
     return gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in layout.runs[:-1]))
 
 
-def warps(elements: int, per_warp: int) -> int:
-    return max(1, min(16, elements // per_warp))
+def warps(elements: int, per_warp: int, most: int = 16) -> int:
+    return max(1, min(most, elements // per_warp))
 
 
 def whole_groups(
-    layout: Layout, itemsize: int, acc_bytes: int, limit: int, pack: int, per_warp: int, extra: bool = False
-) -> Tile | None:
+    layout: Layout, itemsize: int, acc_bytes: int, limit: int, pack: int, per_warp: int, extra: bool = False,
+    most_warps: int = 16,
+) -> Tile | None:  # fmt: skip
     """A tile of whole groups, or None if they do not fit.  It does not depend on the batch: neither do a row's bits.
 
     `extra`: more lives beside x at once (another tensor of its size, an activation's derivative).
     """
-    limit, pack = limit * 4 // acc_bytes, pack * 4 // acc_bytes
+    # fp64 takes two registers a value, and its arithmetic as many again.
+    room = 1 if acc_bytes == 4 else 4
+    limit, pack = limit // room, pack * 4 // acc_bytes
     if extra:
         limit //= 2
     # Where elements are loaded one by one (a 7 × 7 plane), so are their addresses held.
-    if vector(layout, itemsize) * itemsize < 4:
+    if vector(layout, itemsize) == 1:
         limit //= 4
     m = along_m(layout)
     bound = _bound(layout, "m" if m else "c")
     a, s = next_power_of_2(layout.extent("a")), next_power_of_2(layout.extent("s"))
+    # Parameters run across the vectors of x: they are spread anew, through shared memory, and held in full.
+    if a > 1 and layout.runs and not layout.runs[-1].reduced:
+        limit //= 2
     k = min(bound, _line_groups(layout, itemsize, limits().line_bytes))
     narrow = min(k, max(1, k // 2))
     while k > narrow and k * a * s > limit:
@@ -150,7 +156,7 @@ def whole_groups(
         return None
     while k < bound and 2 * k * a * s <= pack:
         k *= 2
-    return Tile(m, k, a, s, warps(k * a * s * acc_bytes // 4, per_warp))
+    return Tile(m, k, a, s, warps(k * a * s * room, per_warp, most_warps))
 
 
 def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_warp: int, blocked_s: bool = True) -> Tile:

@@ -32,9 +32,8 @@ counts = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interp
 ALL_SPLIT = {"forward": 0, "backward": 0, "backward_affine": 0}
 # Tiles that divide nothing, several blocks of everything, and loops.
 ODD = {
-    "odd": {"tile": 64, "grad_tile": 32},
-    "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "chunks": 5},
-    "uneven split": {**ALL_SPLIT, "tile": 256, "grad_tile": 512, "chunks": 2, "warps_per_sm": 1},
+    "odd": {"tile": 64, "grad_tile": 32, "line_bytes": 16, "warps_per_sm": 1},
+    "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1},
 }
 MB = 2**20
 
@@ -136,7 +135,7 @@ def frozen(x: Tensor, w: Tensor | None, b: Tensor | None, **kw: Any) -> Any:
 
 
 def group_norm(x: Tensor, w: Tensor | None, b: Tensor | None, **kw: Any) -> Any:
-    return F.group_norm(x, x.shape[1] // 3 or 1, w, b, **kw)
+    return F.group_norm(x, 1, w, b, **kw)
 
 
 def layer_norm(x: Tensor, w: Tensor | None, b: Tensor | None, **kw: Any) -> Any:
@@ -149,13 +148,15 @@ def rms_norm(x: Tensor, w: Tensor | None, b: Tensor | None, **kw: Any) -> Any:
 
 @counts
 @pytest.mark.parametrize("limits", ODD.values(), ids=ODD)
-@pytest.mark.parametrize("shape", [(3, 6, 5, 7), (5, 1, 3, 11), (1, 9, 1, 70)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 3, 2, 5), (3, 1, 1, 11)], ids=str)
 @pytest.mark.parametrize("norm", [batch_norm, frozen, group_norm, layer_norm, rms_norm])
 @pytest.mark.parametrize("fmt", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
 def test_odd_tiles_and_what_is_asked_for(norm: Norm, shape: tuple[int, ...], fmt: Any, limits: dict[str, int]) -> None:
     """One of the operands is broadcast, parameters of one element occur, and gradients are left out in turn."""
     n = shape[-1] if norm in (layer_norm, rms_norm) else shape[1]
-    with schedule.forced(**limits), counted() as (planned, found):
+    # So few programs that walks over the batch take several steps, the last ones past its end.
+    few = replace(schedule.H200, num_sms=3)
+    with launch.standing_in(few), schedule.forced(**limits), counted() as (planned, found):
         for needs, options in (
             ((True, True, True), {"activation": "silu", "post_add": torch.randn(shape[-1]).expand(shape)}),
             ((True, False, False), {"pre_add": torch.randn(shape)}),
@@ -188,14 +189,12 @@ def planned(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *ope
     n, c, s = shape
     spec = Spec(((n,), (c,), (s,)), *axes, True, "identity")
     dense = dense_strides(shape)
-    names = (
-        ("X", "DY", "W", "POST", "DSUM", "DX", "DPOST") if "dy" in operands else ("X", "PRE", "SUM", "W", "POST", "Y")
-    )
-    shapes = Shapes(
-        dense, tuple((x, weight_strides(spec) if x == "W" else dense if x.lower() in operands else None) for x in names)
-    )
+    backward = "dy" in operands
+    names = ("X", "DY", "W", "POST", "DSUM", "DX", "DPOST") if backward else ("X", "PRE", "SUM", "W", "POST", "Y")
+    strides = {"W": weight_strides(spec), **dict.fromkeys(map(str.upper, operands), dense)}
+    shapes = Shapes(dense, tuple((name, strides.get(name)) for name in names))
     given = (schedule.limits(), schedule.H200)
-    if "dy" in operands:
+    if backward:
         return plan_backward(spec, shapes, 2, torch.float32, False, (True, True, True, False), *given)
     return plan_forward(spec, shapes, 2, torch.float32, "", *given)
 

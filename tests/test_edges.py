@@ -287,6 +287,14 @@ def test_second_derivative(activation: str | None, constant_dy: bool, device: to
         check(name, got, expected)
 
 
+def test_given_statistics_of_any_stride(device: torch.device) -> None:
+    x = torch.randn(5, 4, 3, device=device)
+    both = torch.rand(4, 2, device=device) + 0.5
+    for t in (x, x.clone().requires_grad_()):
+        got = F.batch_norm(t, both[:, 0], both[:, 1])
+        torch.testing.assert_close(got, torch.nn.functional.batch_norm(x, both[:, 0], both[:, 1]))
+
+
 def test_inputs_are_left_alone(device: torch.device) -> None:
     x, pre, post = (laid_out((2, 4, 3, 3), f, torch.float32, device) for f in ("sliced", "permuted", "channels_last"))
     w = torch.randn(4, device=device)

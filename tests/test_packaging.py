@@ -65,6 +65,7 @@ def test_wheel_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {"normops/__init__.py", "normops/py.typed", "normops/kernels/forward.py"} <= set(names)
     assert {f"normops/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")} <= set(names)
+    assert {f"normops/testing/{f.name}" for f in (ROOT / "normops/testing").glob("*.py")} <= set(names)
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"normops"}
     assert any(n.endswith("/LICENSE") for n in names)
 

@@ -72,43 +72,43 @@ def _split(operands: str) -> tuple[str, str]:
     return (operands, "") if cut <= 0 else (operands[:cut], operands[cut:])
 
 
-def _flows(instruction: Instruction, pointers: frozenset[int]) -> tuple[list[str], list[str], frozenset[int]]:
-    """Registers that an instruction writes, those that it reads, and the parameter that it loads.
+def _flows(instruction: Instruction) -> tuple[list[str], list[str]]:
+    """Registers that an instruction writes, and those that it reads; a parameter of the kernel is one of them.
 
     Memory that threads pass values on through is one register per state space, shared by all functions.
     """
     head, function = instruction.parts[0], instruction.function
     space = instruction.space()
     memory = f"[{space}]"
-    nothing: tuple[list[str], list[str], frozenset[int]] = ([], [], frozenset())
 
     def registers(text: str) -> list[str]:
         return [f"{function} {name}" for name in _REGISTER.findall(text)]
 
     if head == "ld" and space in _PASSED_ON:
-        target = registers(_split(instruction.operands)[0])
-        own = re.match(rf"\s*{re.escape(function)}_param_(\d+)", instruction.addresses()[0])
-        if own and instruction.entry:
-            return target, [], frozenset([int(own[1])]) & pointers
-        return target, [memory], frozenset()
+        written, address = registers(_split(instruction.operands)[0]), instruction.addresses()[0]
+        # The kernel's own parameters, perhaps one of several that a register tells; else what a call handed over.
+        own = space == "param" and instruction.entry and ("%" in address or f"{function}_param_" in address)
+        return written, registers(address) if own else [memory]
     if head == "st" and space in _PASSED_ON:
-        return [memory], registers(instruction.operands.rsplit("]", 1)[1]), frozenset()
+        return [memory], registers(instruction.operands.rsplit("]", 1)[1])
     # What comes out of memory or of a comparison is no address that went in.
     if head in ("ld", "st", "atom", "red", "setp", "bra", "call", "cp"):
-        return nothing
-    written, read = _split(instruction.operands)
-    return registers(written), registers(read), frozenset()
+        return [], []
+    target, sources = _split(instruction.operands)
+    return registers(target), registers(sources)
 
 
 def _origins(code: list[Instruction], pointers: frozenset[int]) -> dict[str, frozenset[int]]:
     """Register -> parameters that its value may come from."""
     origins: dict[str, frozenset[int]] = defaultdict(frozenset)
-    flows = [flow for i in code if (flow := _flows(i, pointers))[0]]
+    flows = [flow for i in code if (flow := _flows(i))[0]]
+    for name in {i.function for i in code if i.entry}:
+        origins |= {f"{name} {name}_param_{number}": frozenset([number]) for number in pointers}
     changed = True
     while changed:
         changed = False
-        for targets, sources, own in flows:
-            found = own.union(*(origins[s] for s in sources if s in origins))
+        for targets, sources in flows:
+            found = frozenset[int]().union(*(origins[s] for s in sources if s in origins))
             for target in targets:
                 if not found <= origins[target]:
                     origins[target] |= found

@@ -20,6 +20,12 @@ from .hardware import HARDWARE, Hardware
 # Triton keeps compiled kernels per number of a device: no two virtual devices may share one, nor a real one have it.
 _numbers = count(1 << 20)
 
+_known: dict[Any, Binary] = {}
+"""Kernels by their code: what was once read out of it stands for every block that compiles it again."""
+
+_MOST = {"cuda": (2**31 - 1, 65535, 65535)}
+"""Programs that a grid may have along its axes; past that the driver refuses a launch."""
+
 
 class VirtualLaunch:
     """One launch that the device would have run."""
@@ -43,9 +49,12 @@ class VirtualLaunch:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What the kernel is passed at run time, by its own names: tensors (or addresses), integers, floats."""
-        names, values = self._arguments
-        return {name: value for name, value in zip(names, values, strict=False) if name is not None}
+        """What the kernel is called with, by its own names: tensors (or addresses), integers, floats, tuples.
+
+        Neither ``tl.constexpr`` nor None is among them; an integer that was compiled in because it is 1 is.
+        """
+        pairs = zip(*self._arguments, strict=False)
+        return {name: value for name, value in pairs if name is not None and value is not None}
 
     @property
     def asm(self) -> Any:
@@ -85,13 +94,15 @@ class VirtualLaunch:
     def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
         """("load" or "store", bits) -> instructions on global memory, through one pointer argument or all.
 
-        An address that may come from two arguments counts for both.  Raises NotImplementedError for one argument on
-        AMD, and ValueError for a name that the kernel does not have.
+        Asynchronous copies into shared memory are loads; bulk copies (TMA) have no width and are not counted.  An
+        address that may come from two arguments counts for both, one that was itself loaded from memory for none.
+
+        Raises NotImplementedError for one argument on AMD or where tensor descriptors are passed, ValueError for a name
+        that the kernel does not have.
         """
-        parameters = self.binary.parameters
-        names = [p.argument for p in parameters or ()]
-        if argument is not None and parameters is not None and argument not in self._arguments[0]:
-            raise ValueError(f"{self.name} is passed {', '.join(dict.fromkeys(names))}; got argument={argument!r}")
+        names = [name for name in self._arguments[0] if name is not None]
+        if argument is not None and argument not in names:
+            raise ValueError(f"argument must be one that {self.name} is passed ({', '.join(names)}), got {argument!r}")
         return self.binary.accesses(argument)
 
     @property
@@ -101,7 +112,7 @@ class VirtualLaunch:
 
     @property
     def waves(self) -> float:
-        """How often the programs of the grid fill the device."""
+        """How often the programs of the grid fill the device; infinite where not even one fits on an SM."""
         x, y, z = self.grid
         at_once = self.resident * self.hardware.facts.num_sms
         return x * y * z * self.binary.num_ctas / at_once if at_once else float("inf")
@@ -117,6 +128,7 @@ class VirtualDevice:
         self.hardware = hardware
         self.launches: list[VirtualLaunch] = []
         self._number = next(_numbers)
+        self._open = True
         self._binaries: list[tuple[Binary, tuple[str | None, ...]]] = []
         self._source: Any = None
         self._metadata: Any = None
@@ -124,19 +136,37 @@ class VirtualDevice:
 
     def _load(self, name: str, code: bytes, shared: int) -> int:
         """Take up a kernel that was compiled: its source and its files came just before."""
-        names = tuple(self._source.fn.arg_names)
-        signature = {names[i] if isinstance(i, int) else i: kind for i, kind in self._source.signature.items()}
-        runtime = tuple(None if signature.get(n) == "constexpr" else n for n in names)
-        asm = {
-            Path(path).suffix[1:]: Path(path).read_bytes() if Path(path).suffix in (".cubin", ".hsaco") else
-            Path(path).read_text() for path in self._files.values() if not str(path).endswith(".json")
-        }  # fmt: skip
-        binary = Binary(
-            name, self.hardware.target, asm, shared, self._metadata.num_warps, self._metadata.num_ctas,
-            _parameters(runtime, signature),
-        )  # fmt: skip
+        source, metadata = self._source, self._metadata
+        kinds = source.signature
+        function = getattr(source, "fn", None)  # none where compilation started from a file of Triton's IR
+        names = tuple(function.arg_names) if function is not None else tuple(f"argument {i}" for i in range(len(kinds)))
+        signature = {names[i] if isinstance(i, int) else i: kind for i, kind in kinds.items()}
+        declared = {p.name for p in function.params if p.is_constexpr} if function is not None else set()
+        runtime = tuple(None if name in declared else name for name in names)
+        parameters = _parameters(runtime, signature)
+        key = (self.hardware.target, name, code, metadata.num_warps, parameters)
+        binary = _known.get(key)
+        if binary is None:
+            files = [Path(path) for path in self._files.values() if not str(path).endswith(".json")]
+            asm = {
+                f.suffix[1:]: f.read_bytes() if f.suffix in (".cubin", ".hsaco") else f.read_text() for f in files
+            }  # fmt: skip
+            binary = _known[key] = Binary(
+                name, self.hardware.target, asm, shared, metadata.num_warps, metadata.num_ctas, parameters
+            )
         self._binaries.append((binary, runtime))
         return len(self._binaries) - 1
+
+    def _launch(self, grid: tuple[int, int, int], function: int, arguments: Any) -> None:
+        if not self._open:
+            raise RuntimeError(f"a kernel compiled for a virtual {self.hardware.name} was launched after its block")
+        if 0 in grid:
+            return  # as the real launcher
+        most = _MOST.get(self.hardware.target.backend, grid)
+        if any(n > limit for n, limit in zip(grid, most, strict=True)):
+            raise RuntimeError(f"a grid must be at most {most} on {self.hardware.name}, got {grid}")
+        binary, names = self._binaries[function]
+        self.launches.append(VirtualLaunch(self.hardware, binary, grid, (names, arguments)))
 
     def _loading(self, module: Any, function: Any, name: str, metadata_group: dict[str, Any], hash: str) -> None:
         self._files = metadata_group
@@ -151,12 +181,12 @@ class VirtualDevice:
                 return {
                     "max_shared_mem": hardware.max_shared, "max_num_regs": hardware.registers_per_sm,
                     "multiprocessor_count": hardware.facts.num_sms, "warpSize": hardware.target.warp_size,
-                    "sm_clock_rate": 1, "mem_clock_rate": 1, "mem_bus_width": 1,
                 }  # fmt: skip
 
             @staticmethod
-            def load_binary(name: str, code: bytes, shared: int, *_: Any) -> tuple[int, int, int, int, int]:
-                return 0, device._load(name, code, shared), 0, 0, 1024
+            def load_binary(name: str, code: bytes, shared: int, *_: Any) -> tuple[int, int, None, None, int]:
+                # module, function, registers and spills (read only when asked for), threads of a program at most
+                return 0, device._load(name, code, shared), None, None, 1024
 
         class Launcher:
             def __init__(self, source: Any, metadata: Any) -> None:
@@ -168,8 +198,7 @@ class VirtualDevice:
             ) -> None:  # fmt: skip
                 if enter is not None:
                     enter(metadata)
-                binary, names = device._binaries[function]
-                device.launches.append(VirtualLaunch(hardware, binary, (x, y, z), (names, arguments)))
+                device._launch((x, y, z), function, arguments)
                 if leave is not None:
                     leave(metadata)
 
@@ -193,7 +222,10 @@ class VirtualDevice:
                 return torch.cpu
 
             def get_benchmarker(self) -> Any:
-                raise RuntimeError("autotuning times kernels, and a virtual device runs none: leave it one config")
+                raise RuntimeError(
+                    "autotuning times kernels, and a virtual device runs none: give the kernel a single config, or "
+                    "launch what it wraps, kernel.fn[grid](..., **config.all_kwargs())"
+                )
 
         return Driver()
 
@@ -211,7 +243,7 @@ def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tup
 
     for name in names:
         if name is not None:
-            add(name, signature[name])
+            add(name, signature.get(name, "constexpr"))
     return None if any("tensordesc" in str(kind) for kind in signature.values()) else tuple(found)
 
 
@@ -241,5 +273,6 @@ def virtual_device(name: str) -> Iterator[VirtualDevice]:
         with launch.standing_in(device.hardware.facts):
             yield device
     finally:
+        device._open = False
         knobs.runtime.kernel_load_start_hook.remove(device._loading)
         driver.set_active(before)  # None: looked for at the next launch
