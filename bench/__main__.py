@@ -84,7 +84,7 @@ def everything(
     if context.invoked_subcommand is None:
         oks = [verify_all(only, out, seed), time_all(only, out, seed, dtype)]
         if not torch.cuda.is_available():
-            oks.append(evidence_all("h200", select(only), dtype, out))
+            oks += [evidence_all("h200", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
         finish(out, *oks, train_all(out, seed))
 
 
