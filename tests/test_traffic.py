@@ -159,6 +159,7 @@ def test_post_add_is_read_once_per_pass(norm: Norm, axis: int, fmt: Any, split: 
 @pytest.mark.parametrize(("norm", "axis", "fmt"), CASES)
 @pytest.mark.parametrize("split", [False, True], ids=["resident", "split"])
 def test_an_activation_moves_nothing(norm: Norm, axis: int, fmt: Any, activation: str, split: bool) -> None:
+    """Of x's size; the partial sums of the backward may be more, for its tiles are smaller."""
     x, dy = tensor(fmt).requires_grad_(), tensor(fmt)
     w, b = parameters(axis)
     seen = []
@@ -169,8 +170,8 @@ def test_an_activation_moves_nothing(norm: Norm, axis: int, fmt: Any, activation
             with traffic(x=x, dy=dy) as backward:
                 dx, *_ = gradients(y, [x, w, b], dy)
             seen.append(
-                (forward.loads, forward.stores, forward.launches, backward.stores, backward.launches,
-                 backward.loads["x"], backward.loads["dy"], backward.bytes_of(dx))
+                (forward.loads, forward.stores, forward.launches, backward.launches, backward.loads["x"],
+                 backward.loads["dy"], backward.stores["x"], backward.stores["dy"], backward.bytes_of(dx))
             )  # fmt: skip
             assert forward.atomics == backward.atomics == 0
     assert seen[0] == seen[1]
