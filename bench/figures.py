@@ -7,33 +7,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import gcd, prod
+from math import prod
 from typing import Any
 
-from normops import cost
+from normops import cost, schedule
+from normops.plan import Launch
 from normops.testing import Hardware, VirtualLaunch
 
 SCHEMA = 1
-STREAMS = ("x", "pre", "sum", "post", "y", "dy", "dsum", "dx", "dpost")
-"""Operands of the size of x."""
 OVER_FLOOR, IDLE, LARGE = 1.05, 0.1, 4e6
 """From where on a call counts as wasteful: bytes by floor, share of idle SMs, and how many bytes x must have for it."""
 Row = dict[str, Any]
 
 
-def _scalars(planned: Any) -> dict[str, Any]:
-    """Integer arguments and constants of a launch, by the kernel's own names."""
-    names = planned.kernel.arg_names[len(planned.pointers) :]
-    return dict(zip(names, planned.scalars, strict=False)) | planned.constants
-
-
-def tile(planned: Any) -> dict[str, int]:
+def tile(planned: Launch) -> dict[str, int]:
     return {name.removeprefix("BLOCK_"): n for name, n in planned.constants.items() if name.startswith("BLOCK_")}
 
 
-def points(planned: Any) -> int:
+def points(planned: Launch) -> int:
     """Elements of x in one tile: no more along an axis than x has."""
-    given, block = _scalars(planned), tile(planned)
+    given, block = planned.given, tile(planned)
     m, c, a, s = (prod(n or given["N0"] for n in sizes) for sizes in given["SPACE"])
     extents = {"K": m if given["ALONG_M"] else c, "A": a, "S": s}
     return prod(min(block[axis], extent) for axis, extent in extents.items())
@@ -42,10 +35,7 @@ def points(planned: Any) -> int:
 def allowed_bits(layout: Any, itemsize: int) -> int:
     """The widest access that every tile of x allows: what the innermost run in memory, and steps to its next piece,
     divide by, up to 128 bits."""
-    if not layout.runs:
-        return 8 * itemsize
-    *outer, inner = layout.runs
-    return 8 * itemsize * gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in outer))
+    return 8 * itemsize * schedule.vector(layout, itemsize)
 
 
 def wide_share(accesses: Mapping[tuple[str, int], int], kind: str) -> float | None:
@@ -65,11 +55,10 @@ def narrowest(launch: VirtualLaunch, pointers: Iterable[str]) -> int | None:
 
 
 def describe_launch(
-    launch: VirtualLaunch, planned: Any, moved: Mapping[str, cost.Moved], itemsizes: Mapping[str, int], sms: int
+    launch: VirtualLaunch, planned: Launch, moved: Mapping[str, cost.Moved], itemsizes: Mapping[str, int], sms: int
 ) -> Row:
     """One launch; `moved`: operand -> bytes as ``cost.traffic`` counts them."""
-    pointers = dict(zip(planned.kernel.arg_names, planned.pointers, strict=False))
-    streams = {pointer: name for pointer, name in pointers.items() if name in STREAMS and name in moved}
+    streams = {pointer: name for pointer, name in planned.operands.items() if name in cost.STREAMS and name in moved}
     grid = prod(launch.grid)
     row = {
         "kernel": launch.name, "grid": grid, "tile": tile(planned), "warps": launch.num_warps,

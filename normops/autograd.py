@@ -69,8 +69,9 @@ _apply = super(torch.autograd.Function, Normalize).apply
 def _given(call: Call, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """Given statistics in the form of those of x.  A copy, as running statistics may move on before the backward."""
     saved = torch.empty(call.saved_elements, dtype=call.acc, device=mean.device)
-    saved[: mean.numel()].copy_(mean)
-    torch.rsqrt(var.to(call.acc) + eps, out=saved[call.rstd_at :])
+    n = mean.numel()
+    saved[:n].copy_(mean)
+    torch.rsqrt(var.to(call.acc) + eps, out=saved[call.rstd_at : call.rstd_at + n])
     return saved
 
 

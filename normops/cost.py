@@ -69,9 +69,7 @@ class _Call:
     """A launch as its kernel sees it: arguments by the kernel's own names; counts the lanes it moves."""
 
     def __init__(self, launch: Launch, itemsizes: Mapping[str, int]) -> None:
-        names = iter(launch.kernel.arg_names)
-        self.pointers = {next(names): operand for operand in launch.pointers}
-        self.given: dict[str, Any] = {next(names): scalar for scalar in launch.scalars} | launch.constants
+        self.pointers, self.given = launch.operands, launch.given
         self.grid = launch.grid
         self.itemsizes = itemsizes
         n_m, self.n_c, self.n_a, self.n_s = (prod(n or self["N0"] for n in sizes) for sizes in self["SPACE"])
@@ -260,7 +258,7 @@ _KERNELS: dict[Any, Callable[[_Call], None]] = {
 }
 _REVERSED = (kw.apply, kb.grad_apply)
 """Kernels that walk from the last tile to the first."""
-_STREAMS = ("x", "pre", "sum", "post", "y", "dy", "dsum", "dx", "dpost")
+STREAMS = ("x", "pre", "sum", "post", "y", "dy", "dsum", "dx", "dpost")
 """Operands of the size of x: what a launch reads of these last is what it leaves in L2."""
 
 
@@ -328,20 +326,20 @@ def hbm(plan: Plan, itemsizes: Mapping[str, int], l2_window: int) -> Hbm:
     cached = window = 0
     launches = []
     for launch, moved in zip(plan.launches, _distinct(plan, itemsizes), strict=True):
-        again = sum(m.loads for name, m in moved.items() if name in touched and name not in _STREAMS)
+        again = sum(m.loads for name, m in moved.items() if name in touched and name not in STREAMS)
         spilled = sum(m.stores for name, m in moved.items() if name in scratch) > l2_window
         loads = stores = 0
         for name, m in moved.items():
             found = 0
             if m.loads and name in touched:
-                held = touched[name] if name in _STREAMS else again
-                if held <= l2_window or (name in _STREAMS and launch.kernel in _REVERSED):
+                held = touched[name] if name in STREAMS else again
+                if held <= l2_window or (name in STREAMS and launch.kernel in _REVERSED):
                     found = m.loads * min(held, l2_window) // held
                     window = max(window, min(held, l2_window))
             cached += found
             loads += m.loads - found
             stores += m.stores if spilled or name not in scratch else 0
-        streams = sum(max(m) for name, m in moved.items() if name in _STREAMS)
+        streams = sum(max(m) for name, m in moved.items() if name in STREAMS)
         touched.update(dict.fromkeys(moved, streams))
         launches.append(Moved(loads, stores))
     return Hbm(sum(map(sum, launches)), cached, window, tuple(launches))

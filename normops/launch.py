@@ -73,6 +73,15 @@ def standing_in(device: Device) -> Iterator[None]:
         calls.clear()
 
 
+def placed(pieces: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], int]:
+    """Where each piece of a workspace starts, and the elements of all of them."""
+    starts, end = {}, 0
+    for name, elements in pieces:
+        starts[name] = end
+        end += -(-elements // PIECE) * PIECE
+    return starts, end
+
+
 class Step:
     """A plan and what launches it: the first run goes through Triton's binder, later ones call what it compiled."""
 
@@ -83,13 +92,10 @@ class Step:
         self.names = names
         self.pieces: dict[str, tuple[str, int, int]] = {}
         """Piece of a workspace -> the tensor it is part of, its first element, its elements."""
-        ends = {"saved": 0, "scratch": 0}
         for owner, pieces in (("saved", saved), ("scratch", plan.scratch)):
-            for name, n in pieces:
-                self.pieces[name] = (owner, ends[owner], n)
-                ends[owner] += -(-n // PIECE) * PIECE
-        self.elements = ends["scratch"]
-        self._direct: list[tuple[Callable[..., Any], Callable[..., None], int, Any, Any]] = []
+            starts, self.elements = placed(pieces)
+            self.pieces |= {name: (owner, starts[name], n) for name, n in pieces}
+        self._direct: list[tuple[Any, ...]] = []  # (pick, run, grid, function, metadata) of each kernel
         self._present: Callable[..., tuple[Tensor, ...]] = tuple
         self._offsets: list[tuple[int, int]] = []  # of each piece: the position of its tensor, and bytes
         self._static: tuple[Any, ...] = ()
@@ -135,37 +141,32 @@ class Step:
             )
             for launch in self.plan.launches
         ]
-        if all(t is None or t.data_ptr() % 16 == 0 for t in tensors):
-            self._keep([compiled.handle(kernel) for kernel in kernels], tensors, len(scalars))
+        handles = [compiled.handle(kernel) for kernel in kernels]
+        if None not in handles and all(t is None or t.data_ptr() % 16 == 0 for t in tensors):
+            self._keep(handles, tensors, len(scalars))  # type: ignore[arg-type]
 
-    def _keep(self, handles: list[compiled.Handle | None], tensors: tuple[Tensor | None, ...], scalars: int) -> None:
+    def _keep(self, handles: list[compiled.Handle], tensors: tuple[Tensor | None, ...], scalars: int) -> None:
         """Write down where each argument of each kernel stands among tensors, pieces, scalars and constants."""
-        present = [name for name, t in zip(self.names, tensors, strict=True) if t is not None]
-        bytes_of = {name: t.element_size() for name, t in zip(self.names, tensors, strict=True) if t is not None}
+        present = {name: t.element_size() for name, t in zip(self.names, tensors, strict=True) if t is not None}
         place = {name: i for i, name in enumerate((*present, *self.pieces, *SCALARS[:scalars]))}
         static: list[Any] = [None]
-        direct: list[tuple[Callable[..., Any], Callable[..., None], int, Any, Any]] = []
+
+        def constant(value: Any) -> int:
+            static.append(value)
+            return len(place) + len(static) - 1
+
+        direct: list[tuple[Any, ...]] = []
         for launch, handle in zip(self.plan.launches, handles, strict=True):
-            if handle is None:
-                return
-            given: list[str | int] = [*launch.pointers, *launch.scalars]
-            arguments = launch.kernel.arg_names
-            indices = [place.get(v, -1) if isinstance(v, str) else v for v in given]
-            first = len(place)
-            for i, value in enumerate(given):
-                if not isinstance(value, str):
-                    indices[i] = first + len(static)
-                    static.append(value)
-                elif indices[i] < 0:
-                    indices[i] = first  # None
-            for name in arguments[len(given) :]:
-                indices.append(first + len(static))
-                static.append(launch.constants[name])
-            direct.append((itemgetter(*indices), handle.run, launch.grid, handle.function, handle.metadata))
-        self._offsets = [(place[owner], start * bytes_of[owner]) for owner, start, _ in self.pieces.values()]
+            where = [place.get(name, len(place)) for name in launch.pointers]  # past the last place: None
+            given = launch.given
+            for name in launch.kernel.arg_names[len(where) :]:
+                value = given[name]
+                where.append(place[value] if isinstance(value, str) else constant(value))
+            direct.append((itemgetter(*where), handle.run, launch.grid, handle.function, handle.metadata))
+        self._offsets = [(place[owner], start * present[owner]) for owner, start, _ in self.pieces.values()]
         self._present = itemgetter(*(i for i, t in enumerate(tensors) if t is not None))
         self._static = tuple(static)
-        self._direct = direct
+        self._direct = direct  # last: another thread may be waiting to use it
 
 
 class Call:
@@ -181,7 +182,8 @@ class Call:
         """Whether statistics are given, not those of x."""
         self.kernels = x.numel() > 0 and uses_kernels(x)
         self.shape = x.shape
-        self.device = x.device
+        self.facts = device_facts(x.device)
+        self.itemsize = x.element_size()
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
         self.reshaped = reshaped
@@ -198,14 +200,8 @@ class Call:
         self._forward: dict[bool, Step] = {}
         self._backward: dict[Any, Step] = {}
 
-        shape = spec.shape
-        groups = 1
-        for i, n in enumerate(shape):
-            groups *= 1 if i in spec.reduced else n
-        self.saved = (("mean", groups), ("rstd", groups)) if spec.center else (("rstd", groups),)
-        """The statistics, in the memory order of the kept axes of y."""
-        self.rstd_at = -(-groups // PIECE) * PIECE if spec.center else 0
-        self.saved_elements = self.rstd_at + groups
+        starts, self.saved_elements = placed(spec.statistics)
+        self.rstd_at = starts["rstd"]
 
     def _follows(self, strides: Strides | None) -> bool:
         return strides is None or strides == self.order or follows(strides, self.order, self.shape)
@@ -214,7 +210,7 @@ class Call:
         """Strides in the split shape, of the copy where one is made."""
         return None if strides is None else split(strides if self._follows(strides) else self.order, self.spec.factors)
 
-    def forward(self, itemsize: int, saved: bool) -> Step:
+    def forward(self, saved: bool) -> Step:
         """`saved`: given statistics stand in the tensor of those of x, as mean and rstd (else as mean and var)."""
         step = self._forward.get(saved)
         if step is None:
@@ -226,11 +222,11 @@ class Call:
                 ("W", self.weights), ("POST", self._operand(self.post)), ("Y", self._operand(self.order)),
             ))  # fmt: skip
             given = "" if not self.given else "rstd" if saved else "var"
-            plan = plan_forward(self.spec, shapes, itemsize, self.acc, given, self.limits, device_facts(self.device))
-            step = self._forward[saved] = Step(plan, FORWARD, self.saved if saved else ())
+            plan = plan_forward(self.spec, shapes, self.itemsize, self.acc, given, self.limits, self.facts)
+            step = self._forward[saved] = Step(plan, FORWARD, self.spec.statistics if saved else ())
         return step
 
-    def backward(self, itemsize: int, needs: Needs, dy: Tensor, dsum: Tensor | None) -> Step:
+    def backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None) -> Step:
         key = (needs, dy.stride(), dy.dtype, None if dsum is None else (dsum.stride(), dsum.dtype))
         step = self._backward.get(key)
         if step is None:
@@ -242,10 +238,9 @@ class Call:
                 ("DSUM", None if dsum is None else self._operand(dsum.stride())),
                 ("DX", order if needs[0] else None), ("DPOST", order if needs[3] else None),
             ))  # fmt: skip
-            plan = plan_backward(
-                self.spec, shapes, itemsize, self.acc, self.given, needs, self.limits, device_facts(self.device)
-            )
-            step = self._backward[key] = Step(plan, BACKWARD, self.saved)
+            itemsize = self.sum_dtype.itemsize
+            plan = plan_backward(self.spec, shapes, itemsize, self.acc, self.given, needs, self.limits, self.facts)
+            step = self._backward[key] = Step(plan, BACKWARD, self.spec.statistics)
         return step
 
 
@@ -271,7 +266,7 @@ def forward(
     momentum: float = 0.0, mean: Tensor | None = None, var: Tensor | None = None, saved: Tensor | None = None,
     running_mean: Tensor | None = None, running_var: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """-> y, s = x + pre (or x), saved: mean and rstd as ``call.saved`` lays them out.
+    """-> y, s = x + pre (or x), saved: mean and rstd, ``spec.statistics`` one after the other.
 
     Given statistics come as `mean` and `var`, or as `saved`.
     """
@@ -285,7 +280,7 @@ def forward(
         source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
     if not call.given:
         saved = torch.empty(call.saved_elements, dtype=call.acc, device=x.device)
-    step = call.forward(x.element_size(), saved is not None)
+    step = call.forward(saved is not None)
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
     step.run(
         (source, pre, None if pre is None else total, w, b, post, y, mean, var, running_mean, running_var, saved,
@@ -300,7 +295,7 @@ def backward(
     saved: Tensor, needs: Needs,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """-> dx, dw, db, dpost, each None where not needed; x is the normalised input (x + pre where there was one)."""
-    step = call.backward(x.element_size(), needs, dy, dsum)
+    step = call.backward(needs, dy, dsum)
     need_dx, need_dw, need_db, need_dpost = needs
     dx = torch.empty_like(x) if need_dx else None
     dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None

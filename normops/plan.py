@@ -6,7 +6,7 @@ Pure functions of shapes, strides, dtypes and facts about the device: nothing is
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,12 @@ class Spec(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         return tuple(n for sizes in self.factors for n in sizes)
 
+    @property
+    def statistics(self) -> tuple[tuple[str, int], ...]:
+        """(name, elements) of what a forward leaves for the backward, in the memory order of the kept axes of y."""
+        groups = prod(n for i, n in enumerate(self.shape) if i not in self.reduced)
+        return (("mean", groups), ("rstd", groups)) if self.center else (("rstd", groups),)
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -53,6 +59,16 @@ class Launch:
     scalars: tuple[str | int, ...]
     constants: dict[str, Any]
     num_warps: int
+
+    @property
+    def operands(self) -> dict[str, str]:
+        """The kernel's own names of its pointers -> names in the call ("" where absent)."""
+        return dict(zip(self.kernel.arg_names, self.pointers, strict=False))
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The kernel's own names of its other arguments -> values (names in the call, of scalars that vary)."""
+        return dict(zip(self.kernel.arg_names[len(self.pointers) :], self.scalars, strict=False)) | self.constants
 
 
 @dataclass(frozen=True)
@@ -116,7 +132,6 @@ class Shapes(NamedTuple):
         return layout, {name: given.get(name, ABSENT) for name, _ in self.operands}
 
 
-@lru_cache(maxsize=4096)
 def plan_forward(
     spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: str, limits: Limits, device: Device
 ) -> Plan:
@@ -125,7 +140,6 @@ def plan_forward(
     acc_bytes = acc.itemsize
     common = {"ACC": tl.float64 if acc_bytes == 8 else tl.float32}
     act = ACTIVATIONS[spec.activation][0]
-    stats = (("mean", layout.groups), ("rstd", layout.groups)) if spec.center else (("rstd", layout.groups),)
     out = {"W": operands["W"], "POST": operands["POST"], "Y": operands["Y"], "ACT": act}
     moments = {"CENTER": spec.center, "STAT": layout.statistics()}
 
@@ -142,7 +156,7 @@ def plan_forward(
              **{name: operands[name] for name in ("X", "PRE", "SUM")}},
             tile.warps,
         )  # fmt: skip
-        return Plan(layout, "resident", (launch,), stats, ())
+        return Plan(layout, "resident", (launch,), spec.statistics, ())
 
     launches: list[Launch] = []
     workspace: tuple[tuple[str, int], ...] = ()
@@ -189,10 +203,9 @@ def plan_forward(
          "KEPT_FIRST": _kept_first(layout)},
         tile.warps,
     ))  # fmt: skip
-    return Plan(layout, "apply" if given else "split", tuple(launches), () if given else stats, workspace)
+    return Plan(layout, "apply" if given else "split", tuple(launches), () if given else spec.statistics, workspace)
 
 
-@lru_cache(maxsize=4096)
 def plan_backward(
     spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: bool,
     needs: tuple[bool, bool, bool, bool], limits: Limits, device: Device,

@@ -132,7 +132,8 @@ def whole_groups(
 ) -> Tile | None:  # fmt: skip
     """A tile of whole groups, or None if they do not fit.  It does not depend on the batch: neither do a row's bits.
 
-    `extra`: more lives beside x at once (another tensor of its size, an activation's derivative).
+    `extra`: more lives beside x at once (another tensor of its size, an activation's derivative); `most_warps`: of a
+    program.
     """
     # fp64 takes two registers a value, and its arithmetic as many again.
     room = 1 if acc_bytes == 4 else 4
@@ -159,7 +160,7 @@ def whole_groups(
     return Tile(m, k, a, s, warps(k * a * s * room, per_warp, most_warps))
 
 
-def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_warp: int, blocked_s: bool = True) -> Tile:
+def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_warp: int) -> Tile:
     """A tile that walks through memory: filled from the innermost axis outwards."""
     elements = elements * 4 // acc_bytes
     m = along_m(layout)
