@@ -156,7 +156,8 @@ def grad_statistics(
         o = (block_a * chunks_s + chunk_s) * groups + group
         mask = mk
         p1 = tl.sum(affine(p1, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
-        p0 = tl.sum(affine(p0, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
+        if p0_ptr is not None:
+            p0 = tl.sum(affine(p0, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
     tl.store(p1_ptr + o, p1, mask=mask)
     if p0_ptr is not None:
         tl.store(p0_ptr + o, p0, mask=mask)

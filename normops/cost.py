@@ -208,7 +208,7 @@ def _grad_statistics(call: _Call) -> None:
     _read_gradient(call, inside)
     _write_gradient(call, inside)
     if not call["PER_A"]:
-        call.affine(tiles, "w_ptr", "w_ptr")
+        call.affine(tiles, *["w_ptr"] * (2 if call.has("p0_ptr") else 1))
     for pointer in ("p1_ptr", "p0_ptr"):
         call.store(pointer, tiles.lanes("ka" if call["PER_A"] else "k"))
 
