@@ -80,7 +80,7 @@ def finish(out: Path, *oks: bool) -> None:
 def everything(
     context: typer.Context, only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16"
 ) -> None:
-    """Without a command: verify, time where there is a CUDA device, train."""
+    """Without a command: verify; time on a CUDA device, else compile for one and time the host; train."""
     if context.invoked_subcommand is None:
         oks = [verify_all(only, out, seed), time_all(only, out, seed, dtype)]
         if not torch.cuda.is_available():
@@ -96,7 +96,7 @@ def verify(only: Only = None, out: Out = OUT, seed: Seed = 0) -> None:
 
 @app.command()
 def time(only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16") -> None:
-    """Time of every case against torch eager, torch.compile and a copy (needs CUDA)."""
+    """Time of every case against PyTorch, the libraries that are installed and a copy (needs CUDA)."""
     finish(out, time_all(only, out, seed, dtype))
 
 

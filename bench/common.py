@@ -6,16 +6,17 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from . import workers
 from .console import console as console
 from .console import print_table as print_table
 from .console import progress_bar as progress_bar
@@ -40,9 +41,21 @@ def environment() -> dict[str, Any]:
     }
 
 
+def text(content: dict[str, Any]) -> str:
+    """JSON with a line for each row of each list, so that a diff shows the rows that changed."""
+    parts = []
+    for name, value in content.items():
+        if isinstance(value, list) and value:
+            rows = ",\n  ".join(json.dumps(row) for row in value)
+            parts.append(f" {json.dumps(name)}: [\n  {rows}\n ]")
+        else:
+            parts.append(f" {json.dumps(name)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
 def save(out: Path, name: str, content: dict[str, Any]) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({"environment": environment()} | content, indent=1) + "\n")
+    (out / f"{name}.json").write_text(text({"environment": environment()} | content))
 
 
 def load(out: Path, name: str) -> dict[str, Any] | None:
@@ -50,18 +63,23 @@ def load(out: Path, name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def run_all(function: Callable[[Any], Any], tasks: Sequence[Any], label: str) -> Iterator[tuple[int, Any]]:
-    """(index, function(task)) as they finish: here on a GPU, in one process per core in the interpreter."""
+def run_all(
+    function: Callable[[Any], Any], tasks: Sequence[Any], label: str, processes: int = 0, limit: float = 1800.0
+) -> Iterator[tuple[int, Any]]:
+    """(index, function(task) or workers.Failed) as they finish, behind a progress bar.
+
+    One process a core (16 at most) unless `processes` says otherwise, one on a GPU; a task has `limit` seconds.
+    """
+    processes = processes or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 16))
+    until = time.monotonic() + limit * len(tasks)
     with progress_bar() as progress:
         bar = progress.add_task(label, total=len(tasks))
-        if torch.cuda.is_available():
-            for index, task in enumerate(tasks):
-                yield index, function(task)
-                progress.advance(bar)
-            return
-        workers = max(1, min(os.cpu_count() or 1, len(tasks), 16))
-        with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-            futures = {pool.submit(function, task): index for index, task in enumerate(tasks)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-                progress.advance(bar)
+        alone = partial(single_threaded, function)
+        for index, answer in workers.run(alone, tasks, workers=processes, until=until, limit=limit):
+            yield index, answer
+            progress.advance(bar)
+
+
+def single_threaded(function: Callable[[Any], Any], task: Any) -> Any:
+    torch.set_num_threads(1)  # processes share out the cores
+    return function(task)

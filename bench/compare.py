@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .common import text
 from .figures import SCHEMA, Row
 
 KEY = ("case", "format", "dtype", "direction")
@@ -142,13 +143,8 @@ def compare(before: Sequence[Row], after: Sequence[Row], exact: bool = True) -> 
 
 def write_baseline(path: Path, head: dict[str, Any], rows: Sequence[Row]) -> None:
     """JSON that differs where a figure does: sorted, one call a line, without dates, paths and machines."""
-    ordered = sorted(rows, key=lambda row: [row[name] for name in KEY])
-    lines = [json.dumps(row, separators=(",", ":")) for row in ordered]
-    opening = json.dumps(head | {"rows": []}, indent=1)
-    assert opening.endswith('"rows": []\n}')
-    text = opening.removesuffix("[]\n}") + "[\n" + ",\n".join(lines) + "\n]}\n"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    path.write_text(text(head | {"rows": sorted(rows, key=lambda row: [row[name] for name in KEY])}))
 
 
 def read_rows(path: Path) -> dict[str, Any]:

@@ -10,12 +10,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -24,7 +22,7 @@ from normops import testing
 
 from . import providers, workers
 from .cases import Case
-from .common import console, progress_bar, save
+from .common import console, run_all, save
 from .compare import BASELINE, REFRESH, compare, read_rows, worktree, write_baseline
 from .evidence_plot import plot
 from .evidence_table import print_calls
@@ -89,15 +87,7 @@ def keep(folder: Path, key: Row, launches: Sequence[testing.VirtualLaunch]) -> N
                 code = launch.asm[kind]
                 Path(folder, f"{name}.{kind}").write_bytes(code if isinstance(code, bytes) else code.encode())
         if "cubin" in launch.asm:
-            Path(folder, f"{name}.sass").write_text(disassembled(launch.asm["cubin"]))
-
-
-def disassembled(cubin: bytes) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
-        return subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            Path(folder, f"{name}.sass").write_text(launch.binary.cuobjdump("-sass"))
 
 
 def gather(
@@ -105,13 +95,8 @@ def gather(
 ) -> tuple[list[Row], list[str]]:
     """Rows of all cases in their order, and what went wrong."""
     tasks: list[Task] = [(case, name, dtype, device, folder) for case in cases for name in case.formats]
-    done: dict[int, Any] = {}
-    with compiling(), progress_bar() as progress:
-        bar = progress.add_task(f"compile for {device}", total=len(tasks))
-        until = time.monotonic() + LIMIT * len(tasks)
-        for index, answer in workers.run(measure, tasks, workers=processes, until=until, limit=LIMIT):
-            done[index] = answer
-            progress.advance(bar)
+    with compiling():
+        done = dict(run_all(measure, tasks, f"compile for {device}", processes, LIMIT))
     failed = {i: answer for i, answer in done.items() if isinstance(answer, workers.Failed)}
     failures = [f"{tasks[i][0].name} {tasks[i][1]}: {answer.reason}" for i, answer in sorted(failed.items())]
     return [row for i in sorted(done) if i not in failed for row in done[i]], failures

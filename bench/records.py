@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .common import environment
+from .common import environment, text
 
 FOLDER = Path(__file__).parent / "results"
 KIND, SCHEMA = "gpu", 1
@@ -88,14 +88,7 @@ def claim(folder: Path, content: Content) -> Path:
 def write(path: Path, content: Content) -> None:
     """All at once: whoever reads it, or is cut off, finds the old file or the new one."""
     beside = path.with_suffix(".partial")
-    lines = []
-    for name, value in content.items():  # a row a line, so that a change of one shows as one
-        if isinstance(value, list) and value:
-            rows = ",\n  ".join(json.dumps(row) for row in value)
-            lines.append(f" {json.dumps(name)}: [\n  {rows}\n ]")
-        else:
-            lines.append(f" {json.dumps(name)}: {json.dumps(value)}")
-    beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    beside.write_text(text(content))
     os.replace(beside, path)
 
 

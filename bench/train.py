@@ -15,6 +15,7 @@ from torch import Tensor
 
 import normops.nn
 
+from . import workers
 from .common import console, run_all, save
 
 STEPS, BATCH, HELD_OUT = 12, 32, 64
@@ -144,7 +145,11 @@ def train_model(task: tuple[str, int]) -> dict[str, Any]:
 
 def train(out: Path, seed: int) -> bool:
     """Train all models both ways, print a table, write train.json; True if every curve is within the bound."""
-    rows = [row for _, row in sorted(run_all(train_model, [(name, seed) for name in MODELS], "train"))]
+    done = dict(run_all(train_model, [(name, seed) for name in MODELS], "train"))
+    rows = [done[i] for i in sorted(done)]
+    for name, row in zip(MODELS, rows, strict=True):
+        if isinstance(row, workers.Failed):
+            raise RuntimeError(f"training the {name} failed: {row.reason}")
     save(out, "train", {"reason": REASON, "steps": STEPS, "batch": BATCH, "seed": seed, "rows": rows})
     title = f"Training on digits, {STEPS} steps of {BATCH}: loss with torch.nn and with normops.nn"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)

@@ -12,7 +12,7 @@ import torch
 
 from normops import schedule
 
-from . import providers
+from . import providers, workers
 from .cases import Case, select
 from .common import console, print_table, run_all, save
 
@@ -64,11 +64,19 @@ def verify_case(task: tuple[Case, int]) -> list[dict[str, Any]]:
     return rows
 
 
+def answered(case: Case, answer: Any) -> list[dict[str, Any]]:
+    """Rows of a case, also where its process died or hung."""
+    if not isinstance(answer, workers.Failed):
+        return answer
+    return [{"case": case.name, "format": format_name, "dtype": dtype, "worst": "process", "share": None, "ok": False,
+             "error": answer.reason} for format_name in case.formats for dtype in providers.DTYPES]  # fmt: skip
+
+
 def verify(only: str | None, out: Path, seed: int) -> bool:
     """Verify the selected cases, print a table, write verify.json; True if everything is within its bound."""
     cases = select(only)
     done = dict(run_all(verify_case, [(case, seed) for case in cases], "verify"))
-    rows = [row for index in sorted(done) for row in done[index]]
+    rows = [row for index in sorted(done) for row in answered(cases[index], done[index])]
     save(out, "verify", {"reason": providers.REASON, "rows": rows})
 
     lines: dict[tuple[str, str], list[str]] = {}

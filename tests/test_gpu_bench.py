@@ -181,6 +181,10 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     assert content["not_run"]["timing"] == [job.name for job in run.jobs[1:]]
 
 
+def test_the_most_telling_cases_are_in_the_table() -> None:
+    assert {case.name for case in CASES} >= set(gpu.FIRST)
+
+
 def test_budget_hands_on_what_a_stage_leaves() -> None:
     clock = Clock()
     budget = gpu.Budget(100, clock, {"verify": gpu.STAGES["verify"], "timing": gpu.STAGES["timing"]})

@@ -49,12 +49,16 @@ class Binary:
     def _text(self) -> str:
         return self.asm["ptx" if self.target.backend == "cuda" else "amdgcn"]
 
-    def _cubin_usage(self) -> Usage:
+    def cuobjdump(self, option: str) -> str:
+        """What NVIDIA's cuobjdump says of the machine code: "-sass", "-res-usage", ..."""
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.asm["cubin"])
             file.flush()
-            tool = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            out = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            tool = [knobs.nvidia.cuobjdump.path, option, file.name]
+            return subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+
+    def _cubin_usage(self) -> Usage:
+        out = self.cuobjdump("-res-usage")
         # One line per function: the kernel's own, and those of functions that it calls.
         for name, line in re.findall(r"Function (\S+):\s*\n?([^\n]*)", out):
             if name == self.name:
