@@ -81,7 +81,7 @@ def by_normops(t: dict[str, Tensor]) -> Iterator[Subject]:
         "RMSNorm": (lambda: F.rms_norm(x, (4096,), w), (x, w)),
         "add + RMSNorm": (lambda: F.rms_norm(x, (4096,), w, pre_add=r), (x, r, w)),
         "BatchNorm": (lambda: F.batch_norm(maps, mean, var, cw, cb, True), (maps, cw, cb)),
-        "BatchNorm, split": (lambda: F.batch_norm(large, lmean, lvar, lw, lb, True), (large, lw, lb)),
+        "BatchNorm, ticketed": (lambda: F.batch_norm(large, lmean, lvar, lw, lb, True), (large, lw, lb)),
         "GroupNorm": (lambda: F.group_norm(maps, 8, cw, cb), (maps, cw, cb)),
         "InstanceNorm": (lambda: F.instance_norm(maps, None, None, cw, cb), (maps, cw, cb)),
     }

@@ -30,12 +30,15 @@ def shape_of(case: Case) -> tuple[int, ...]:
 
 
 def schedule_of(case: Case) -> Any:
-    """Shrunken calls take the engine of the real ones: what does not fit on chip there is split here, in tiny tiles."""
+    """Shrunken calls take the engine of the real ones, in tiny tiles: ticketed what does not fit on chip there, split
+    what does not fit L2 either."""
     if torch.cuda.is_available():
         return nullcontext()
     limits = schedule.limits()
-    split = {n: 0 for n in ("forward", "backward", "backward_affine") if case.group > getattr(limits, n)}
-    return schedule.forced(**split, tile=512, grad_tile=256) if split else nullcontext()
+    if case.group <= limits.backward_affine:
+        return nullcontext()
+    engine = "split" if 2 * case.group > schedule.H200.window else "ticketed"
+    return schedule.forced(engine=engine, tile=512, grad_tile=256, ticket_tile=512, grad_ticket_tile=256, ahead=1)
 
 
 def verify_one(case: Case, memory_format: torch.memory_format, dtype: torch.dtype, seed: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import triton.language as tl
 from .epilogue import affine, read_gradient, write_gradient
 from .forward import chunk_of
 from .moments import count
-from .tile import extent, kept, kept_block, load, offsets, reduced_a, reduced_s, store, widened
+from .tile import extent, kept, kept_block, load, load_shared, offsets, reduced_a, reduced_s, store, widened
 
 
 @triton.jit
@@ -23,14 +23,14 @@ def saved_statistics(mean_ptr, rstd_ptr, m, c, mk, SPACE: tl.constexpr, STAT: tl
 
 
 @triton.jit
-def given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE: tl.constexpr, STAT: tl.constexpr, ACC: tl.constexpr):
+def given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE: tl.constexpr, STAT: tl.constexpr):
     o = offsets((m, c, 0, 0), SPACE, STAT)
     c1 = 0.0
     c0 = 0.0
     if c1_ptr is not None:
-        c1 = load(c1_ptr, o, mk, ACC)
+        c1 = load_shared(c1_ptr, o, mk)
     if c0_ptr is not None:
-        c0 = load(c0_ptr, o, mk, ACC)
+        c0 = load_shared(c0_ptr, o, mk)
     return c1, c0
 
 
@@ -92,7 +92,7 @@ def grad_normalize(
             if CENTER:
                 c0 = tl.sum(affine(p0, w_ptr, None, at, wmask, SPACE, W, ACC), 1, keep_dims=True) / n
         else:
-            c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT, ACC)
+            c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT)
         write_gradient(
             xhat, g, c1, c0, rstd, w_ptr, dsum_ptr, dx_ptr, dpost_ptr, at, wmask, mask,
             SPACE, W, DSUM, DX, DPOST, ACC,
@@ -182,7 +182,7 @@ def grad_apply(
     mask = mk & ma & ms
     wmask = ma if ALONG_M else mk & ma
     mean, rstd = saved_statistics(mean_ptr, rstd_ptr, m, c, mk, SPACE, STAT, ACC)
-    c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT, ACC)
+    c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT)
     xhat, g = read_gradient(
         x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean, rstd, at, wmask, mask, SPACE, X, DY, W, POST, ACT_GRAD, ACC
     )

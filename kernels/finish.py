@@ -3,9 +3,10 @@
 import triton
 import triton.language as tl
 
+from .epilogue import affine
 from .forward import finish_moments
 from .moments import count
-from .tile import extent, kept_block, load, offset, offsets, store
+from .tile import extent, kept_block, load_shared, offset, offsets, store
 
 
 @triton.jit
@@ -18,6 +19,35 @@ def chunk_size(
     return n_a.to(ACC) * n_s.to(ACC)
 
 
+@triton.jit
+def merge_moments(
+    part_mean_ptr, part_m2_ptr, row, first, count_p, n, o, mk, groups, chunks_s, steps,
+    SPACE: tl.constexpr, N0, CENTER: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """mean[chunk, o], m2[chunk, o] -> mean, m2 of chunks first to first + count_p, n elements in all.
+
+    Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  `row`: where the first
+    chunk lies in memory.
+    """
+    p = tl.arange(0, BLOCK_P)[None, None, :]
+    mean = 0.0
+    if CENTER:
+        t = tl.zeros((BLOCK_K, 1, BLOCK_P), ACC)
+        for i in range(0, count_p, BLOCK_P):
+            d = load_shared(part_mean_ptr, (row + i + p) * groups + o, mk & (i + p < count_p))
+            t += d * chunk_size(first + i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
+        mean = tl.sum(t, 2, keep_dims=True) / n
+    t = tl.zeros((BLOCK_K, 1, BLOCK_P), ACC)
+    for i in range(0, count_p, BLOCK_P):
+        mask = mk & (i + p < count_p)
+        t += load_shared(part_m2_ptr, (row + i + p) * groups + o, mask)
+        if CENTER:
+            d = tl.where(mask, load_shared(part_mean_ptr, (row + i + p) * groups + o, mask) - mean, 0.0)
+            t += d * d * chunk_size(first + i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
+    return mean, tl.sum(t, 2, keep_dims=True)
+
+
 @triton.jit(do_not_specialize=["N0", "chunks", "chunks_s", "steps"])
 def finish_statistics(
     part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
@@ -25,65 +55,93 @@ def finish_statistics(
     SPACE: tl.constexpr, STAT: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, ALONG_M: tl.constexpr,
     BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """mean[chunk, m, c], m2[chunk, m, c] -> mean[m, c], rstd[m, c], running statistics[c].
-
-    Chan's merge in two passes over the chunks: the mean first, then m2 + n · (mean[chunk] - mean)².
-    """
+    """mean[chunk, m, c], m2[chunk, m, c] -> mean[m, c], rstd[m, c], running statistics[c]"""
     m, c, mk = kept_block(tl.program_id(0), SPACE, N0, ALONG_M, BLOCK_K, WIDE)
     o = offsets((m, c, 0, 0), SPACE, STAT)
     groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
     n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
-    p = tl.arange(0, BLOCK_P)[None, None, :]
-
-    mean = 0.0
-    if CENTER:
-        t = tl.zeros((BLOCK_K, 1, BLOCK_P), ACC)
-        for i in range(0, chunks, BLOCK_P):
-            mask = mk & (i + p < chunks)
-            d = tl.load(part_mean_ptr + (i + p) * groups + o, mask=mask, other=0.0)
-            t += d * chunk_size(i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
-        mean = tl.sum(t, 2, keep_dims=True) / n
-    t = tl.zeros((BLOCK_K, 1, BLOCK_P), ACC)
-    for i in range(0, chunks, BLOCK_P):
-        mask = mk & (i + p < chunks)
-        t += tl.load(part_m2_ptr + (i + p) * groups + o, mask=mask, other=0.0)
-        if CENTER:
-            d = tl.load(part_mean_ptr + (i + p) * groups + o, mask=mask, other=0.0) - mean
-            d = tl.where(mask, d, 0.0)
-            t += d * d * chunk_size(i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
+    mean, m2 = merge_moments(
+        part_mean_ptr, part_m2_ptr, 0, 0, chunks, n, o, mk, groups, chunks_s, steps,
+        SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_K, BLOCK_P,
+    )  # fmt: skip
     finish_moments(
-        mean, tl.sum(t, 2, keep_dims=True) / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+        mean, m2 / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
         N0, eps, momentum, SPACE, STAT, ACC,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["N0", "chunks"])
-def finish_group(
-    p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr,
-    N0, chunks,
-    SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr,
-    ACC: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, WIDE: tl.constexpr,
+@triton.jit
+def merge_sums(
+    p1_ptr, p0_ptr, row, count_p, o, mask, columns, BOTH: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|"""
-    m, c, mk = kept_block(tl.program_id(0), SPACE, N0, ALONG_M, BLOCK_K, WIDE)
-    o = offsets((m, c, 0, 0), SPACE, STAT)
+    """p1, p0[chunk, o] -> their sums over count_p chunks, the first of which is `row`."""
+    p = tl.arange(0, BLOCK_P)[None, None, :]
+    t1 = tl.zeros((BLOCK_K, BLOCK_A, BLOCK_P), ACC)
+    t0 = tl.zeros((BLOCK_K, BLOCK_A, BLOCK_P), ACC)
+    for i in range(0, count_p, BLOCK_P):
+        q = (row + i + p) * columns + o
+        here = mask & (i + p < count_p)
+        t1 += load_shared(p1_ptr, q, here)
+        if BOTH:
+            t0 += load_shared(p0_ptr, q, here)
+    return tl.sum(t1, 2, keep_dims=True), tl.sum(t0, 2, keep_dims=True)
+
+
+@triton.jit
+def merge_group(
+    p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, row, chunks, m, c, mk,
+    SPACE: tl.constexpr, N0, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr, DIRECT: tl.constexpr,
+    ACC: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|;
+    dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a]) = sum over chunk of p.  A: extent of a in p.
+    """
     groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
     n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
-    t1 = tl.zeros((BLOCK_K, BLOCK_P, 1), ACC)
-    t0 = tl.zeros((BLOCK_K, BLOCK_P, 1), ACC)
-    for i in range(0, chunks * A, BLOCK_P):
-        j = (i + tl.arange(0, BLOCK_P))[None, :, None]
-        mask = mk & (j < chunks * A)
-        q = ((j // A) * groups + m * extent(SPACE, 1, N0) + c) * A + j % A
-        v = 1.0
-        if w_ptr is not None:
-            v = load(w_ptr, offsets((m, c, j % A, 0), SPACE, W), mask, ACC)
-        t1 += v * tl.load(p1_ptr + q, mask=mask, other=0.0)
-        if c0_ptr is not None:
-            t0 += v * tl.load(p0_ptr + q, mask=mask, other=0.0)
-    tl.store(c1_ptr + o, tl.sum(t1, 1, keep_dims=True) / n, mask=mk)
+    BOTH: tl.constexpr = p0_ptr is not None
+    c1 = tl.zeros((BLOCK_K, 1, 1), ACC)
+    c0 = tl.zeros((BLOCK_K, 1, 1), ACC)
+    for i in range(0, A, BLOCK_A):
+        a = (i + tl.arange(0, BLOCK_A))[None, :, None]
+        ma = a < A
+        mask = mk & ma
+        column = (m * extent(SPACE, 1, N0) + c) * A + a
+        t1, t0 = merge_sums(p1_ptr, p0_ptr, row, chunks, column, mask, groups * A, BOTH, ACC, BLOCK_K, BLOCK_A, BLOCK_P)
+        if DIRECT:
+            o = offsets((0, c, a, 0), SPACE, W)
+        else:
+            o = column
+        if dw_ptr is not None:
+            store(dw_ptr, o, t1, mask)
+        if db_ptr is not None:
+            store(db_ptr, o, t0, mask)
+        if c1_ptr is not None:
+            wmask = ma if ALONG_M else mask
+            c1 += tl.sum(affine(t1, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
+            if BOTH:
+                c0 += tl.sum(affine(t0, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
+    o = offsets((m, c, 0, 0), SPACE, STAT)
+    if c1_ptr is not None:
+        tl.store(c1_ptr + o, c1 / n, mask=mk)
     if c0_ptr is not None:
-        tl.store(c0_ptr + o, tl.sum(t0, 1, keep_dims=True) / n, mask=mk)
+        tl.store(c0_ptr + o, c0 / n, mask=mk)
+
+
+@triton.jit(do_not_specialize=["N0", "chunks"])
+def finish_group(
+    p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr,
+    N0, chunks,
+    SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr, DIRECT: tl.constexpr,
+    ACC: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """merge_group() for each block of groups: one read of the partial results gives c1, c0 and dw, db."""
+    m, c, mk = kept_block(tl.program_id(0), SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    merge_group(
+        p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, 0, chunks, m, c, mk,
+        SPACE, N0, W, STAT, A, DIRECT, ACC, ALONG_M, BLOCK_K, BLOCK_A, BLOCK_P,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N0", "rows"])

@@ -9,6 +9,16 @@ from .tile import extent, kept_block, load, offsets, reduced_a, reduced_s, total
 
 
 @triton.jit
+def centred(x, mask, n, CENTER: tl.constexpr):
+    """mean of a tile of n elements, and x - mean (0 outside): what statistics are formed of without cancellation."""
+    mean = 0.0
+    if CENTER:
+        mean = total(x) / n
+        x = tl.where(mask, x - mean, 0.0)
+    return mean, x
+
+
+@triton.jit
 def finish_moments(
     mean, var, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, N0, eps, momentum,
     SPACE: tl.constexpr, STAT: tl.constexpr, ACC: tl.constexpr,
@@ -50,10 +60,7 @@ def normalize(
     n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
 
     x = read_input(x_ptr, pre_ptr, sum_ptr, at, mask, SPACE, X, PRE, SUM, ACC)
-    mean = 0.0
-    if CENTER:
-        mean = total(x) / n
-        x = tl.where(mask, x - mean, 0.0)
+    mean, x = centred(x, mask, n, CENTER)
     rstd = finish_moments(
         mean, total(x * x) / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, N0, eps, momentum,
         SPACE, STAT, ACC,
@@ -108,10 +115,7 @@ def statistics(
     n_s = extent(SPACE, 3, N0) - s_start
 
     x = read_input(x_ptr, pre_ptr, sum_ptr, (m, c, a, s), mask, SPACE, X, PRE, SUM, ACC)
-    shift = 0.0
-    if CENTER:
-        shift = total(x) / (n_a * count(tl.minimum(n_s, BLOCK_S), ACC))
-        x = tl.where(mask, x - shift, 0.0)
+    shift, x = centred(x, mask, n_a * count(tl.minimum(n_s, BLOCK_S), ACC), CENTER)
     d1 = x
     d2 = x * x
     for i in range(1, steps):

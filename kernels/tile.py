@@ -111,16 +111,25 @@ def reduced_s(start, SPACE: tl.constexpr, N0, BLOCK_S: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def load(ptr, o, mask, ACC: tl.constexpr):
-    """Elements at offsets o, 0 outside the mask; o may be smaller than the mask where the operand does not vary."""
+def load(ptr, o, mask, ACC: tl.constexpr, KEEP: tl.constexpr = ""):
+    """Elements at offsets o, 0 outside the mask; o may be smaller than the mask where the operand does not vary.
+
+    KEEP: "evict_last" where L2 should hold them for a second read, "evict_first" at the last one.
+    """
     p, m = tl.broadcast(ptr + o, mask)
-    return tl.load(p, mask=m, other=0.0).to(ACC)
+    return tl.load(p, mask=m, other=0.0, eviction_policy=KEEP).to(ACC)
 
 
 @triton.jit
-def store(ptr, o, value, mask):
+def load_shared(ptr, o, mask):
+    """What another program of the same launch stored: past L1, which is not coherent."""
+    return tl.load(ptr + o, mask=mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def store(ptr, o, value, mask, KEEP: tl.constexpr = ""):
     p, m = tl.broadcast(ptr + o, mask)
-    tl.store(p, value.to(ptr.dtype.element_ty), mask=m)
+    tl.store(p, value.to(ptr.dtype.element_ty), mask=m, eviction_policy=KEEP)
 
 
 @triton.jit

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled, schedule
+from . import compiled, counters, schedule
 from .checks import Axes
 from .layout import follows, split
-from .plan import Plan, Shapes, Spec, accumulator, plan_backward, plan_forward, weight_strides
+from .plan import Plan, Shapes, Spec, accumulator, weight_strides
+from .plan_backward import Needs, plan_backward
+from .plan_forward import plan_forward
 from .schedule import Device
 
 INTERPRETED = compiled.INTERPRETED
@@ -26,8 +28,9 @@ INTERPRETED = compiled.INTERPRETED
 # Tensors and scalars of the two directions, in the order in which Step.run takes them.
 FORWARD = (
     "x", "pre", "sum", "w", "b", "post", "y", "mean", "var", "running_mean", "running_var", "saved", "scratch",
+    "tickets",
 )  # fmt: skip
-BACKWARD = ("x", "dy", "w", "b", "post", "dsum", "dx", "dpost", "dw", "db", "saved", "scratch")
+BACKWARD = ("x", "dy", "w", "b", "post", "dsum", "dx", "dpost", "dw", "db", "saved", "scratch", "tickets")
 SCALARS = ("eps", "momentum")
 
 PIECE = 32
@@ -37,7 +40,6 @@ CALLS = 4096
 
 _data_ptr = Tensor.data_ptr
 
-Needs = tuple[bool, bool, bool, bool]
 Strides = tuple[int, ...]
 
 
@@ -48,7 +50,8 @@ _stand_in: Device | None = None
 @lru_cache(maxsize=64)
 def _properties(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
-    return Device(properties.name, properties.multi_processor_count, (properties.major, properties.minor))
+    shared = 0 if torch.version.hip else properties.L2_cache_size  # AMD's dies have an L2 each
+    return Device(properties.name, properties.multi_processor_count, (properties.major, properties.minor), shared)
 
 
 def device_facts(device: torch.device) -> Device:
@@ -101,7 +104,20 @@ class Step:
         self._static: tuple[Any, ...] = ()
 
     def run(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
-        """Launch everything.  Tensors in the order of the names, None where absent; device: index, -1 for a CPU."""
+        """Launch everything.  Tensors in the order of the names without the last, "tickets", None where absent;
+        device: index, -1 for a CPU."""
+        if not self.plan.words:
+            self.launch((*tensors, None), scalars, device)
+            return
+        place = torch.device("cpu") if device < 0 else torch.device("cuda", device)
+        try:
+            self.launch((*tensors, counters.words(self.plan.words, place)), scalars, device)
+        except BaseException:
+            counters.forget(place)
+            raise
+
+    def launch(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
+        """run(), given the words too."""
         if self._direct and not compiled.hooked():
             values: list[Any] = list(map(_data_ptr, self._present(tensors)))
             bits = 0
@@ -124,7 +140,7 @@ class Step:
 
     def operands(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> dict[str, Any]:
         """All that launches take, by name."""
-        found: dict[str, Any] = dict(zip(self.names, tensors, strict=True)) | dict(zip(SCALARS, scalars, strict=False))
+        found: dict[str, Any] = dict(zip(self.names, tensors, strict=False)) | dict(zip(SCALARS, scalars, strict=False))
         for name, (owner, start, elements) in self.pieces.items():
             found[name] = found[owner][start : start + elements]
         return found

@@ -57,6 +57,11 @@ class Layout:
         return self.extent("a") * self.extent("s")
 
     @property
+    def kept(self) -> bool:
+        """Whether any axis is kept; a single group has none."""
+        return any(not run.reduced for run in self.runs)
+
+    @property
     def groups(self) -> int:
         return self.extent("m") * self.extent("c")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Any
 
 from .layout import Layout
 
@@ -21,14 +22,25 @@ class Device:
     name: str
     num_sms: int
     capability: tuple[int, int]
+    l2_bytes: int = 0
+    """What all SMs share; 0: they share none, and a second read is never planned to be found there."""
+
+    @property
+    def window(self) -> int:
+        """Bytes that a launch may plan to find again in L2 while it goes on reading and writing: 3/8 of it.
+
+        A large L2 is split in halves that may both hold a line, and what is written passes through it too.
+        """
+        return 3 * self.l2_bytes // 8
 
 
-A100 = Device("a100", 108, (8, 0))
-H100 = Device("h100", 132, (9, 0))
-H200 = Device("h200", 132, (9, 0))
-B200 = Device("b200", 148, (10, 0))
-RTX4090 = Device("rtx4090", 128, (8, 9))
-MI300X = Device("mi300x", 304, (9, 4))
+MIB = 1 << 20
+A100 = Device("a100", 108, (8, 0), 40 * MIB)
+H100 = Device("h100", 132, (9, 0), 50 * MIB)
+H200 = Device("h200", 132, (9, 0), 50 * MIB)
+B200 = Device("b200", 148, (10, 0), 126 * MIB)
+RTX4090 = Device("rtx4090", 128, (8, 9), 72 * MIB)
+MI300X = Device("mi300x", 304, (9, 4))  # eight dies, each with an L2 of its own
 KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI300X)}
 
 
@@ -36,8 +48,14 @@ KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI3
 class Limits:
     """Sizes of tiles in elements of 4 accumulator bytes (half as many for fp64)."""
 
-    # One program of 16 warps holds 32k fp32 values in 128 registers a thread without spilling.
-    forward: int = 32768
+    # The engine that every call takes, whatever the sizes below say: one of ENGINES, or "" for the one that suits.
+    engine: str = ""
+    # Two programs of 16384 elements live on one SM, so that one loads while the other stores; and a call of more than
+    # 4 MB has as many of them as an H200 has SMs.
+    forward: int = 16384
+    # One program of 16 warps holds 32k fp32 values in 128 registers a thread without spilling; only for norms that
+    # average over the batch (a row's engine must not depend on it), and only where that fills the device.
+    forward_batch: int = 32768
     # x, dy and what is made of them live at once.
     backward: int = 16384
     # As above, and dw and db of every element too.
@@ -49,10 +67,25 @@ class Limits:
     chunks: int = 256
     # A tile should cover a whole 128-byte line along the innermost axis: narrower reads waste DRAM bursts.
     line_bytes: int = 128
+    # 16 KB of bf16 per program of a ticketed launch (x, or x and dy), 8 warps: four programs live on an SM.
+    ticket_tile: int = 8192
+    grad_ticket_tile: int = 4096
+    # Bytes that a ticketed launch may read before it comes back to the first of them; 0: Device.window.
+    window: int = 0
+    # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
+    # so that what a program waits for was begun a whole generation of programs before.
+    ahead: int = 4
+    # Partial results that one program merges at a time, where they are many groups wide.
+    fan: int = 32
+    # Rows side by side in a tile of long rows: forward so that w and b are read for several at once (they are larger
+    # than x); backward, at most, so that partial dw and db (8 bytes a column) are few beside x, dy and dx.
+    rows: int = 4
+    grad_rows: int = 32
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
 
 
+ENGINES = ("resident", "ticketed", "split")
 _limits = Limits()
 
 
@@ -61,9 +94,14 @@ def limits() -> Limits:
 
 
 @contextmanager
-def forced(**changes: int) -> Iterator[None]:
-    """Change limits inside a with-block; ``forced(forward=0, backward=0, backward_affine=0)`` splits every group."""
+def forced(**changes: Any) -> Iterator[None]:
+    """Change limits inside a with-block; ``forced(engine="split")`` splits every group.
+
+    Raises ValueError for an engine that is not among ENGINES.
+    """
     global _limits
+    if changes.get("engine", "") not in ("", *ENGINES):
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {changes['engine']!r}")
     before, _limits = _limits, replace(_limits, **changes)
     try:
         yield
@@ -96,8 +134,8 @@ def along_m(layout: Layout) -> bool:
 
 def _bound(layout: Layout, letter: str) -> int:
     """How far a block may grow along a kept coordinate; the batch sets no bound, for it compiles nothing."""
-    if 0 in layout.sizes(letter):
-        return 1 << 30
+    if 0 in layout.sizes(letter) or not layout.kept:
+        return 1 << 30  # a single row is a batch of one
     return next_power_of_2(layout.extent(letter))
 
 
@@ -180,6 +218,90 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
 
 
+@dataclass(frozen=True, slots=True)
+class Tickets:
+    """A ticketed launch: the tile, how many there are in a unit and in all, and how many statistics run ahead."""
+
+    tile: Tile
+    chunks_s: int
+    tiles: int
+    units: int
+    lead: int
+    fan: int
+    """Chunks that are merged at a time; 0: all at once."""
+    merge_p: int
+    """Partial results that a tile of a merge holds per group."""
+
+    def blocks(self, chunks: int) -> int:
+        """Blocks of `fan` chunks that are merged first."""
+        return -(-chunks // self.fan) if self.fan else 0
+
+    def rows(self, chunks: int) -> int:
+        """Rows of partial results: one for each chunk of a group, and one for each block of them."""
+        return chunks + self.blocks(chunks)
+
+    @property
+    def words(self) -> int:
+        """Words that the launch counts in, see kernels/tickets.py."""
+        return FIRST_STATE + self.units * (1 + self.blocks(self.tiles))
+
+
+FIRST_STATE = 32
+"""Where the states of units begin, as in kernels/tickets.py."""
+
+
+def long_rows(layout: Layout) -> bool:
+    """Whether parameters vary along all that is averaged over, in memory order: tiles hold pieces of several rows."""
+    return layout.letters[-1:] == "a" and layout.extent("s") == 1
+
+
+def ticketed(
+    layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, rows: int,
+    limits: Limits, device: Device,
+) -> Tickets | None:  # fmt: skip
+    """How a ticketed launch walks, or None where no unit fits the window; `streams`: operands of the size of x that it
+    reads twice; `rows`: side by side in a tile of long rows, at most."""
+    window = limits.window or device.window
+    if limits.engine == "ticketed":
+        window = max(window, 1 << 40)
+    for narrower in range(4):
+        tile = stream(layout, itemsize, acc_bytes, elements, per_warp)
+        if long_rows(layout):
+            k = min(_bound(layout, "m" if tile.along_m else "c"), rows >> narrower)
+            if k < min(rows, 4):
+                break
+            tile = replace(tile, k=k, a=max(1, min(next_power_of_2(layout.extent("a")), tile.elements // k)))
+        elif narrower > 1 or (narrower and (tile.k == 1 or _line_groups(layout, itemsize, limits.line_bytes) == 1)):
+            break
+        elif narrower:
+            # Half a line of memory for each group of channels: better than a third pass over x.
+            tile = replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
+        unit = min(tile.k, layout.groups) * layout.group * itemsize * streams
+        if 4 * unit > 3 * window:  # statistics must run ahead by more than a unit
+            continue
+        return _tickets(layout, tile, unit, window, limits, device)
+    return None
+
+
+def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits, device: Device) -> Tickets:
+    chunks_s = -(-layout.extent("s") // tile.s)
+    blocks_a = -(-layout.extent("a") // tile.a)
+    tiles = chunks_s * blocks_a
+    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
+    units = -(-layout.extent(inside) // tile.k) * layout.extent(outside)
+    lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit))
+    # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
+    fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
+    return Tickets(
+        tile, chunks_s, tiles, units, min(lead, units * tiles), fan, max(8, min(512, 1024 // tile.k))
+    )
+
+
+def fills(blocks: int, device: Device) -> bool:
+    """Whether so many programs leave at most a tenth of the SMs idle."""
+    return 10 * blocks >= 9 * device.num_sms
+
+
 def steps(layout: Layout, tile: Tile) -> int:
     """Tiles along s that one program of a statistics kernel adds up; a function of the group alone."""
     tiles = -(-layout.extent("s") // tile.s)
@@ -197,10 +319,11 @@ def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
     return -(-blocks // each), each
 
 
-def finish_group_tile(kept_first: bool) -> tuple[int, int]:
-    """(groups, partials) a finishing program takes at once: a square where partials of neighbouring groups lie side by
-    side, else few groups with all their partials (see Limits.chunks) in one step."""
-    return (32, 32) if kept_first else (4, 256)
+def finish_group_tile(kept_first: bool, n_a: int = 1) -> tuple[int, int, int]:
+    """(groups, columns of each, partials) that a finishing program takes at once: a square where partials of
+    neighbouring groups lie side by side, else few groups with all their partials (see Limits.chunks) in one step."""
+    a = min(next_power_of_2(n_a), 32)
+    return (max(1, 32 // a), a, 32) if kept_first else (max(1, 4 // a), a, max(32, 256 // a))
 
 
 def finish_affine_tile(columns: int) -> tuple[int, int]:

@@ -22,19 +22,23 @@ from normops import cost, launch, schedule
 from normops import functional as F
 from normops.kernels import backward as kb
 from normops.layout import dense_strides
-from normops.plan import Plan, Shapes, Spec, plan_backward, plan_forward, weight_strides
+from normops.plan import Plan, Shapes, Spec, weight_strides
+from normops.plan_backward import plan_backward
+from normops.plan_forward import plan_forward
 from normops.testing import Planned, Traffic, plans, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 
 counts = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
 
-ALL_SPLIT = {"forward": 0, "backward": 0, "backward_affine": 0}
+ALL_SPLIT = {"engine": "split"}
 # Tiles that divide nothing, several blocks of everything, and loops.
 ODD = {
     "odd": {"tile": 64, "grad_tile": 32, "line_bytes": 16, "warps_per_sm": 1},
     "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1},
-}
+    "odd ticketed": {"engine": "ticketed", "ticket_tile": 64, "grad_ticket_tile": 32, "line_bytes": 16, "fan": 2,
+                     "rows": 2, "grad_rows": 2, "ahead": 0, "warps_per_sm": 1},
+}  # fmt: skip
 MB = 2**20
 
 
@@ -180,7 +184,8 @@ def test_odd_tiles_and_what_is_asked_for(norm: Norm, shape: tuple[int, ...], fmt
 # What reaches DRAM, by hand.  bf16 [n, c, s] with fp32 parameters; plans are made, nothing runs.
 
 SIZES = dict.fromkeys(("x", "pre", "sum", "y", "dy", "dx"), 2)
-SIZES |= dict.fromkeys(("w", "b", "dw", "db", "mean", "rstd", "part_mean", "part_m2", "p1", "p0", "c1", "c0"), 4)
+SIZES |= dict.fromkeys(("w", "b", "dw", "db", "mean", "rstd", "part_mean", "part_m2"), 4)
+SIZES |= dict.fromkeys(("p1", "p0", "t1", "t0", "c1", "c0", "tickets"), 4)
 BATCH, ROWS = ((0, 2), (1,)), ((2,), (2,))
 
 
@@ -197,6 +202,11 @@ def planned(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *ope
     if backward:
         return plan_backward(spec, shapes, 2, torch.float32, False, (True, True, True, False), *given)
     return plan_forward(spec, shapes, 2, torch.float32, "", *given)
+
+
+def split(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *operands: str) -> Plan:
+    with schedule.forced(engine="split"):
+        return planned(axes, shape, *operands)
 
 
 def sizes(*absent: str) -> dict[str, int]:
@@ -217,7 +227,7 @@ def test_a_resident_call_moves_its_floor_whatever_l2_holds() -> None:
         assert (done.cached, done.window) == (0, 0)
     # x, dy, dx; w and b (read for the gradient, b is not), dw, db; mean and rstd.
     least = 3 * (2 * rows * n) + 4 * (3 * n + 2 * rows)
-    partials = workspace(backward, "p1", "p0")
+    partials = workspace(backward, "t1", "t0")
     assert cost.floor(backward, SIZES) == least
     assert cost.hbm(backward, SIZES, 20 * MB) == cost.Hbm(
         least, partials, partials, (cost.Moved(2 * (2 * rows * n) + 4 * (n + 2 * rows), 2 * rows * n),
@@ -226,9 +236,22 @@ def test_a_resident_call_moves_its_floor_whatever_l2_holds() -> None:
     assert cost.hbm(backward, SIZES, 0).bytes == least + 2 * partials  # written and read again
 
 
+@pytest.mark.parametrize("operands", [("x", "y"), ("x", "dy", "dx"), ("x", "pre", "sum", "y")], ids=str)
+def test_a_ticketed_call_moves_its_floor_where_its_window_fits(operands: tuple[str, ...]) -> None:
+    c, tensor = 64, 2 * 256 * 64 * 3136
+    plan = planned(BATCH, (256, c, 3136), *operands)
+    given = {name: size for name, size in SIZES.items() if size == 4 or name in operands}
+    assert plan.engine == "ticketed" and tensor > 20 * MB
+    done = cost.hbm(plan, given, schedule.H200.window)
+    again = 2 if "dy" in operands else 1
+    assert done.bytes == cost.floor(plan, given)
+    assert done.cached >= again * tensor and tensor // c < done.window <= schedule.H200.window < 20e6
+    assert cost.hbm(plan, given, done.window - 1).bytes == done.bytes + again * tensor
+
+
 def test_a_split_call_moves_three_passes_less_the_window() -> None:
     c, tensor = 64, 2 * 256 * 64 * 3136
-    plan, given = planned(BATCH, (256, c, 3136), "x", "y"), sizes("pre", "sum")
+    plan, given = split(BATCH, (256, c, 3136), "x", "y"), sizes("pre", "sum")
     small = 4 * 4 * c  # w, b, mean, rstd
     partials = workspace(plan, "part_mean", "part_m2")
     assert plan.engine == "split" and tensor > 20 * MB
@@ -242,7 +265,7 @@ def test_a_split_call_moves_three_passes_less_the_window() -> None:
 
 def test_a_split_backward_reads_x_and_dy_again_less_the_window() -> None:
     c, tensor = 64, 2 * 256 * 64 * 3136
-    plan = planned(BATCH, (256, c, 3136), "x", "dy", "dx")
+    plan = split(BATCH, (256, c, 3136), "x", "dy", "dx")
     done = cost.hbm(plan, SIZES, 20 * MB)
     assert plan.engine == "split"
     assert done.bytes == 5 * tensor - 20 * MB + 4 * 5 * c  # mean, rstd, w, dw, db
@@ -251,8 +274,7 @@ def test_a_split_backward_reads_x_and_dy_again_less_the_window() -> None:
 
 
 def test_a_split_call_of_a_small_tensor_moves_its_floor() -> None:
-    with schedule.forced(**ALL_SPLIT):
-        plan = planned(BATCH, (4, 64, 3136), "x", "y")
+    plan = split(BATCH, (4, 64, 3136), "x", "y")
     tensor = 2 * 4 * 64 * 3136
     done = cost.hbm(plan, sizes("pre", "sum"), 20 * MB)
     assert plan.engine == "split"
@@ -263,13 +285,13 @@ def test_a_split_call_of_a_small_tensor_moves_its_floor() -> None:
 def test_streams_that_are_not_read_again_take_their_share_of_the_window() -> None:
     """x, pre and the sum go through L2, but only the sum is read again."""
     c, tensor = 64, 2 * 256 * 64 * 3136
-    plan = planned(BATCH, (256, c, 3136), "x", "pre", "sum", "y")
+    plan = split(BATCH, (256, c, 3136), "x", "pre", "sum", "y")
     assert cost.hbm(plan, SIZES, 21 * MB).bytes == 5 * tensor - 7 * MB + 4 * 4 * c
     assert cost.floor(plan, SIZES) == 4 * tensor + 4 * 4 * c
 
 
 def test_a_second_walk_from_the_start_finds_all_or_nothing() -> None:
-    plan = planned(ROWS, (2, 8, 262144), "x", "dy", "dx")
+    plan = split(ROWS, (2, 8, 262144), "x", "dy", "dx")
     tensor, last = 2 * 16 * 262144, plan.launches[-2]
     assert (plan.engine, last.kernel) == ("split", kb.grad_normalize)
     fits, just_not = (cost.hbm(plan, SIZES, window).launches[-2].loads for window in (2 * tensor, 2 * tensor - 1))
@@ -296,10 +318,10 @@ def test_errors() -> None:
 
 
 def test_plans_end_with_their_block() -> None:
-    before = launch.Step.run
+    before = launch.Step.launch
     with pytest.raises(KeyError), plans():
         raise KeyError
-    assert launch.Step.run is before
+    assert launch.Step.launch is before
 
 
 def test_plans_of_a_virtual_device() -> None:

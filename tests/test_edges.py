@@ -14,7 +14,7 @@ import torch
 
 import normops
 from normops import functional as F
-from tests.tolerance import check, engine, laid_out, leaf, oracle
+from tests.tolerance import ENGINES, check, engine, laid_out, leaf, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,7 +31,7 @@ def gradients(call: Any, x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, ref:
         check(name, g, e, scale)
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize(("shape", "groups"), [
     ((2, 6, 5), 2), ((2, 10, 3, 3), 2), ((1, 14, 1, 1), 2), ((2, 6, 7, 7), 3), ((3, 6, 1, 5), 6), ((2, 3, 3, 3, 3), 1),
     ((2, 6), 2), ((2, 6, 2, 2, 2, 2), 2),
@@ -78,7 +78,7 @@ def test_many_rows(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("kind", ["expanded", "channels_last", "transposed", "sliced"])
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("name", ["batch", "group"])
 def test_strides_of_dy(kind: str, which: str, name: str, device: torch.device) -> None:
     shape = (2, 4, 3, 3)
@@ -160,7 +160,7 @@ def test_no_groups(shape: tuple[int, ...], axes: tuple[int, ...], device: torch.
     assert y.shape == shape and mean.shape == kept and rstd.shape == kept
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
 def test_constant_input(value: float, which: str, device: torch.device) -> None:
     x = torch.full((3, 4, 8), value, device=device, requires_grad=True)
@@ -171,7 +171,7 @@ def test_constant_input(value: float, which: str, device: torch.device) -> None:
     assert dx.isfinite().all()
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("axes", [(1,), (0,), (0, 1)], ids=str)
 def test_large_mean(axes: tuple[int, ...], which: str, device: torch.device) -> None:
     """The mean is 1e5 deviations.  x is exact in both; the mean is rounded to fp32, off by up to an ulp, 1.2e-7 · 1e5
@@ -183,7 +183,7 @@ def test_large_mean(axes: tuple[int, ...], which: str, device: torch.device) -> 
     assert (y.double() - ref).abs().max() < 1.2e-7 * 1e5 * 2
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_stays_in_its_row(bad: float, which: str, device: torch.device) -> None:
     x = torch.randn(6, 3, 5, device=device)
@@ -211,7 +211,7 @@ def test_axes_of_size_one(axes: tuple[int, ...], device: torch.device) -> None:
         assert torch.allclose(g.double(), e, atol=1e-4)
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("axes", [(0, 2), (1,), (1, 2)], ids=str)
 def test_deterministic(axes: tuple[int, ...], which: str, device: torch.device) -> None:
     x = torch.randn(5, 6, 7, device=device, requires_grad=True)
@@ -226,7 +226,7 @@ def test_deterministic(axes: tuple[int, ...], which: str, device: torch.device) 
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("width", [8, 37, 300])
 def test_batch_invariance(width: int, which: str, device: torch.device) -> None:
     """The bits of a row do not depend on how many other rows there are, or what they hold."""

@@ -44,7 +44,7 @@ from normops.plan import Launch
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
     "normalize", "statistics", "apply", "grad_normalize", "grad_statistics", "grad_apply", "finish_statistics",
-    "finish_group", "finish_affine",
+    "finish_group", "finish_affine", "ticketed", "grad_ticketed",
 }  # fmt: skip
 
 

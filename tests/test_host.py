@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 from bench import host
 
 ROOT = Path(__file__).resolve().parents[1]
-NORMS = {"LayerNorm", "RMSNorm", "add + RMSNorm", "BatchNorm", "BatchNorm, split", "GroupNorm", "InstanceNorm"}
+NORMS = {"LayerNorm", "RMSNorm", "add + RMSNorm", "BatchNorm", "BatchNorm, ticketed", "GroupNorm", "InstanceNorm"}
 
 
 def test_the_command_measures_every_norm(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_the_command_measures_every_norm(tmp_path: Path) -> None:
     for row in found.values():
         assert 0 < row["forward_min_us"] <= row["forward_us"] < 1e6 and 0 < row["both_min_us"] <= row["both_us"] < 1e6
     engines = {part["norm"]: part["engine"] for part in result["stages"]}
-    assert engines == {norm: "split" if "split" in norm else "resident" for norm in NORMS}
+    assert engines == {norm: "ticketed" if "ticketed" in norm else "resident" for norm in NORMS}
     assert not result["environment"]["interpreter"] and result["sum_us"] >= 0
     assert all(0 < time < 1e6 for time in result["empties_us"].values())
     for part in result["stages"]:

@@ -7,11 +7,11 @@ import torch
 
 import normops
 from normops import functional as F
-from tests.tolerance import check, engine
+from tests.tolerance import ENGINES, check, engine
 
 
-@pytest.fixture(params=["resident", "split"], autouse=True)
-def both_engines(request: pytest.FixtureRequest):
+@pytest.fixture(params=ENGINES, autouse=True)
+def every_engine(request: pytest.FixtureRequest):
     with engine(request.param):
         yield
 

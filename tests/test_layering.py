@@ -18,12 +18,14 @@ LAYERS = (
     {"kernels", "layout", "pattern"},
     {"schedule", "activations", "compiled"},
     {"plan"},
-    {"reference", "checks"},
+    {"plan_forward", "plan_backward"},
+    {"reference", "checks", "counters"},
     {"launch"},
     {"autograd"},
     {"functional"},
     {"nn"},
     {"__init__"},
+    {"counting"},
     {"cost"},
     {"virtual", "testing"},
 )
@@ -35,9 +37,15 @@ ONLY = {
     "pattern": set(),
     "schedule": {".layout"},
     "reference": {"torch", ".activations", ".layout", ".pattern"},
-    "plan": {"torch", "triton", ".layout", ".schedule", ".kernels"},
+    "plan": {"torch", ".layout", ".schedule"},
+    "plan_forward": {"torch", "triton", ".layout", ".plan", ".schedule", ".kernels"},
+    "plan_backward": {"torch", "triton", ".plan", ".schedule", ".kernels"},
+    "counters": {"torch"},
     "compiled": {"triton"},
-    "launch": {"torch", ".compiled", ".checks", ".layout", ".plan", ".schedule"},
+    "launch": {
+        "torch", ".compiled", ".checks", ".counters", ".layout", ".plan", ".plan_forward", ".plan_backward",
+        ".schedule",
+    },
 }
 
 NORMS = ("batch_norm", "layer_norm", "instance_norm", "group_norm", "rms_norm")

@@ -61,7 +61,7 @@ CASES = [
     pytest.param(layer_norm, 3, CONTIGUOUS, id="LayerNorm"),
     pytest.param(rms_norm, 3, CONTIGUOUS, id="RMSNorm"),
 ]
-SPLIT = {"forward": 0, "backward": 0, "backward_affine": 0, "tile": 64, "grad_tile": 64}
+SPLIT = {"engine": "split", "tile": 64, "grad_tile": 64}
 
 
 def tensor(fmt: torch.memory_format = CONTIGUOUS, dtype: torch.dtype = torch.float32) -> Tensor:

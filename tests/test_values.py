@@ -14,7 +14,7 @@ from torch import Tensor
 
 import normops
 from normops import functional as F
-from tests.tolerance import ACTIVATIONS, FORMATS, check, engine, laid_out, leaf, oracle
+from tests.tolerance import ACTIVATIONS, ENGINES, FORMATS, check, engine, laid_out, leaf, oracle
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 ADDS = ("none", "pre", "post", "both")
@@ -154,11 +154,12 @@ def test_layouts_and_dtypes(norm: Norm, layout: str, dtype: torch.dtype, device:
     compare(norm, layout, dtype, device, activation=list(ACTIVATIONS)[turn % 9], adds=ADDS[turn % 4])
 
 
+@pytest.mark.parametrize("which", ["ticketed", "split"])
 @pytest.mark.parametrize("layout", FORMATS)
 @pytest.mark.parametrize("norm", NORMS, ids=lambda n: n.name)
-def test_split_engine(norm: Norm, layout: str, device: torch.device) -> None:
-    turn = NORMS.index(norm) + FORMATS.index(layout)
-    with engine("split"):
+def test_groups_of_several_programs(norm: Norm, layout: str, which: str, device: torch.device) -> None:
+    turn = NORMS.index(norm) + FORMATS.index(layout) + (which == "ticketed")
+    with engine(which):
         compare(norm, layout, DTYPES[turn % 4], device, activation=list(ACTIVATIONS)[turn % 9], adds=ADDS[turn % 4])
 
 
@@ -180,13 +181,13 @@ def test_eval(norm: str, layout: str, dtype: torch.dtype, device: torch.device) 
 
 @pytest.mark.parametrize("adds", ADDS)
 @pytest.mark.parametrize("activation", ["identity", "silu", "hardswish"])
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 def test_eval_fusions(activation: str, adds: str, which: str, device: torch.device) -> None:
     with engine(which):
         compare(BY_NAME["batch"], "contiguous", torch.float32, device, train=False, activation=activation, adds=adds)
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
                                     (torch.float16, torch.float64), (torch.float64, torch.float32)], ids=str)  # fmt: skip
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "rms"])
@@ -195,7 +196,7 @@ def test_weights_of_another_dtype(norm: str, dtypes: Any, which: str, device: to
         compare(BY_NAME[norm], "contiguous", dtypes[0], device, weight_dtype=dtypes[1], shape=(2, 4, 3, 3))
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("leaves", [("weight",), ("bias",), ("x",), ("x", "weight"), ("x", "bias"), ("weight", "bias"),
                                     ("pre_add",), ("post_add",), ("bias", "post_add")], ids="+".join)  # fmt: skip
 @pytest.mark.parametrize("norm", ["batch", "group", "layer", "layer2d", "adain"])
@@ -239,14 +240,15 @@ def test_every_subset_of_axes(axes: tuple[int, ...], layout: str, device: torch.
         any_axes((2, 3, 4, 3), axes, varying, layout, device)
 
 
+@pytest.mark.parametrize("which", ["ticketed", "split"])
 @pytest.mark.parametrize("axes", SUBSETS[::2], ids=str)
-def test_subsets_of_axes_split(axes: tuple[int, ...], device: torch.device) -> None:
-    with engine("split"):
+def test_subsets_of_axes_in_several_programs(axes: tuple[int, ...], which: str, device: torch.device) -> None:
+    with engine(which):
         any_axes((2, 3, 4, 5), axes, (1, 2), "contiguous", device)
         any_axes((2, 3, 4, 5), axes, (0, 1), "permuted", device)
 
 
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize(("shape", "axes", "varying"), [
     ((7,), (0,), (0,)), ((7,), (0,), None), ((3, 5), (1,), (1,)), ((3, 5), (0,), (1,)), ((3, 5), (0, 1), (0,)),
     ((2, 3, 5), (0, 2), (1,)), ((2, 3, 5), (1,), (1, 2)), ((2, 3, 4, 3, 2), (0, 2, 4), (1,)),
@@ -316,7 +318,7 @@ def test_pattern_affine(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("axes", [(0,), (1, 2), (0, 2), (0, 1, 2)], ids=str)
-@pytest.mark.parametrize("which", ["resident", "split"])
+@pytest.mark.parametrize("which", ENGINES)
 def test_return_stats(axes: tuple[int, ...], which: str, device: torch.device) -> None:
     x = laid_out((3, 4, 5), "permuted", torch.bfloat16, device).requires_grad_()
     with engine(which):

@@ -113,11 +113,16 @@ def laid_out(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torc
     return t.permute(order).contiguous().permute(back)
 
 
+ENGINES = schedule.ENGINES
+TINY = {"tile": 64, "grad_tile": 64, "ticket_tile": 64, "grad_ticket_tile": 64, "fan": 2, "rows": 2, "ahead": 1}
+"""Tiles so small that every group has several, and blocks of chunks."""
+
+
 @contextmanager
 def engine(name: str) -> Iterator[None]:
-    """"split" sends every group through several programs, "resident" leaves the choice to the schedule."""
-    if name == "split":
-        with schedule.forced(forward=0, backward=0, backward_affine=0, tile=64, grad_tile=64):
-            yield
-    else:
+    """"split" and "ticketed" send every group through several programs, "resident" leaves it to the schedule."""
+    if name == "resident":
         yield
+    else:
+        with schedule.forced(engine=name, **TINY):
+            yield

@@ -1,10 +1,12 @@
-"""Instruments: bytes that kernels move, counted in Triton's interpreter, and what they compile to on a named device.
+"""Instruments: bytes that kernels move, and programs at the same time, in Triton's interpreter; what they compile to on
+a named device.
 
-Both work for any Triton kernel, not only for those of normops.
+All work for any Triton kernel, not only for those of normops.
 """
 
 from .hardware import HARDWARE, Hardware
 from .plans import Planned, plans
+from .race import Race, race
 from .traffic import Traffic, traffic
 from .virtual import VirtualDevice, VirtualLaunch, virtual_device
 
@@ -12,10 +14,12 @@ __all__ = [
     "HARDWARE",
     "Hardware",
     "Planned",
+    "Race",
     "Traffic",
     "VirtualDevice",
     "VirtualLaunch",
     "plans",
+    "race",
     "traffic",
     "virtual_device",
 ]

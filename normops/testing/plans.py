@@ -38,10 +38,10 @@ def plans() -> Iterator[list[Planned]]:
     Works wherever normops launches: on a GPU, in Triton's interpreter, and on a virtual device.
     """
     found: list[Planned] = []
-    run = Step.run
+    launch = Step.launch
 
     def recorded(self: Step, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
-        run(self, tensors, scalars, device)
+        launch(self, tensors, scalars, device)
         given = self.operands(tensors, scalars).items()
         operands = {name: t for name, t in given if isinstance(t, Tensor) and name not in WHOLE}
         found.append(Planned(
@@ -49,8 +49,8 @@ def plans() -> Iterator[list[Planned]]:
             {name: t.nbytes for name, t in operands.items()}, operands,
         ))  # fmt: skip
 
-    Step.run = recorded  # type: ignore[method-assign]
+    Step.launch = recorded  # type: ignore[method-assign]
     try:
         yield found
     finally:
-        Step.run = run  # type: ignore[method-assign]
+        Step.launch = launch  # type: ignore[method-assign]

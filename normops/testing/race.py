@@ -1,0 +1,477 @@
+"""The programs of one grid at the same time, on a CPU: several processes run them over shared memory.
+
+>>> done = race(kernel, 64, (x, total, counter), {"BLOCK": 128}, repeats=100)
+>>> done.programs, done.together
+(64, 4)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import inspect
+import math
+import mmap
+import multiprocessing
+import os
+import random
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection, wait
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from ..compiled import INTERPRETED
+
+ORDERS = ("shuffled", "launch")
+_WAITING = 50e-6
+"""Seconds that a process sleeps where a program reads one address again and again."""
+_PAUSES = (-6.0, -2.5)
+"""Decimal logarithms of the shortest and of the longest pause, in seconds."""
+_START = 60.0
+"""Seconds that processes have to start, at least: it is not the kernel's time."""
+_LISTED = 12
+"""Programs that a message names."""
+
+
+class Race(NamedTuple):
+    """What ran."""
+
+    launches: int
+    programs: int
+    """Programs of one launch."""
+    share: tuple[int, ...]
+    """Programs that each process ran, over all launches."""
+    together: int
+    """Programs that had begun and not ended at one time, at most."""
+
+
+def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+    """Tensors in an argument: in tuples, tensor descriptors and reinterpreted tensors, too."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, tuple | list):
+        for i, part in enumerate(value):
+            yield from _tensors(f"{name}[{i}]", part)
+    elif isinstance(getattr(value, "base", None), Tensor):
+        yield name, value.base
+
+
+class _Memory:
+    """The storages of all tensors, each once, in memory that forked processes share.
+
+    They are copied: share_memory_() would free the memory under numpy's views of a tensor, and needs room in /dev/shm.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        self._tensors = [t for _, t in tensors if t.untyped_storage().nbytes()]
+        self._shared: dict[int, Tensor] = {}
+        spans: dict[int, tuple[int, str]] = {}
+        for name, t in tensors:
+            if t.device.type != "cpu":
+                raise ValueError(f"{name} must be on the CPU, where the processes run; got {t.device}")
+            storage = t.untyped_storage()
+            if storage.nbytes():
+                spans.setdefault(storage.data_ptr(), (storage.data_ptr() + storage.nbytes(), name))
+        end, before = 0, ""
+        for start, (stop, name) in sorted(spans.items()):
+            if start < end:
+                raise ValueError(f"{before} and {name} overlap and must then be views of one storage; got two storages")
+            end, before = stop, name
+            self._shared[start] = torch.frombuffer(mmap.mmap(-1, stop - start), dtype=torch.uint8)
+        self.load()
+
+    def load(self) -> None:
+        """From the caller's tensors."""
+        for address, shared in self._shared.items():
+            ctypes.memmove(shared.data_ptr(), address, shared.nbytes)
+
+    def store(self) -> None:
+        """To the caller's tensors."""
+        for address, shared in self._shared.items():
+            ctypes.memmove(address, shared.data_ptr(), shared.nbytes)
+
+    def adopt(self) -> None:
+        """Have the tensors themselves lie in shared memory: in a process of the race, where they are its own copies."""
+        moved = []
+        for t in self._tensors:
+            storage = self._shared[t.untyped_storage().data_ptr()].untyped_storage()
+            there = torch.empty(0, dtype=t.dtype).set_(storage, t.storage_offset(), t.size(), t.stride())
+            moved.append((t, there))
+        for t, there in moved:
+            t.data = there
+
+
+class _Board:
+    """Which program comes next, who ran which, and which have ended: of one launch, seen by all processes."""
+
+    def __init__(self, programs: int, lock: Any) -> None:
+        self.programs = programs
+        self._lock = lock
+        words = np.frombuffer(mmap.mmap(-1, 8 * (2 + 3 * programs)), dtype=np.int64)
+        self._counts = words[:2]  # programs taken; most at one time
+        self.order, self.owner, self.ended = words[2:].reshape(3, programs)
+        self.reset(np.arange(programs))
+
+    def reset(self, order: np.ndarray) -> None:
+        self._counts[0] = 0
+        self.order[:], self.owner[:], self.ended[:] = order, -1, 0
+
+    def take(self, process: int) -> int | None:
+        with self._lock:
+            taken = int(self._counts[0])
+            if taken == self.programs:
+                return None
+            program = int(self.order[taken])
+            self.owner[program] = process
+            self._counts[0] = taken + 1
+            self._counts[1] = max(self.together, taken + 1 - int(self.ended.sum()))
+        return program
+
+    @property
+    def together(self) -> int:
+        return int(self._counts[1])
+
+    def running(self, process: int) -> int | None:
+        found = np.flatnonzero((self.owner == process) & (self.ended == 0))
+        return int(found[0]) if found.size else None
+
+
+class _Jitter:
+    """Pauses before accesses to memory, and gives the core away where a program waits."""
+
+    def __init__(self, probability: float, seed: str) -> None:
+        self._probability = probability
+        self._random = random.Random(seed)
+        self._parent = os.getppid()
+        self._last: int | None = None
+
+    def __call__(self, ptr: Any = None, atomic: bool = False) -> None:
+        if os.getppid() != self._parent:  # the caller was killed: a program that waits would outlive it
+            os._exit(1)
+        address = int(ptr.data.flat[0]) if ptr is not None and ptr.data.size == 1 else None
+        if self._random.random() < self._probability:
+            time.sleep(10 ** self._random.uniform(*_PAUSES))
+        elif address is not None and address == self._last:
+            time.sleep(_WAITING)
+        elif atomic:
+            os.sched_yield()
+        self._last = address
+
+
+def _lane_by_lane(original: Callable[..., Any], lock: Any) -> Callable[..., Any]:
+    """An atomic operation as many, each under a lock: the lanes of a block are not atomic together on a GPU either."""
+
+    def method(self: Any, *args: Any) -> Any:
+        handle = interpreter.TensorHandle
+        shape = next(a for a in args if isinstance(a, handle)).data.shape
+        flat = [np.broadcast_to(a.data, shape).ravel() if isinstance(a, handle) else None for a in args]
+        results = []
+        for i in range(math.prod(shape)):
+            lane = [
+                a if values is None else handle(values[i : i + 1].copy(), a.dtype)
+                for a, values in zip(args, flat, strict=True)
+            ]
+            with lock:
+                results.append(original(self, *lane))
+        if not results or results[0] is None:
+            return None
+        return handle(np.concatenate([r.data for r in results]).reshape(shape), results[0].dtype)
+
+    return method
+
+
+def _patch(jitter: _Jitter, lock: Any) -> None:
+    """Jitter before every access; atomics of less than 32 bits made atomic between processes.
+
+    The interpreter's atomics are the machine's, hence atomic between processes, but for float16: that sum is guarded by
+    a mutex of the process.  All narrow ones take the lock, so that different operations on one address exclude each
+    other.
+    """
+    builder = interpreter.InterpreterBuilder
+
+    def patch(name: str, place: int, atomic: bool) -> None:
+        original = getattr(builder, name, None)
+        if original is None:  # not in this version of Triton
+            return
+        guarded = _lane_by_lane(original, lock)
+
+        def method(self: Any, *args: Any) -> Any:
+            ptr = args[place]
+            jitter(ptr, atomic)
+            narrow = atomic and ptr.get_element_ty().primitive_bitwidth < 32
+            return (guarded if narrow else original)(self, *args)
+
+        setattr(builder, name, method)
+
+    # The interpreter's unmasked create_load and create_store, the tensor descriptors and, from Triton 3.9 on,
+    # create_atomic_load and create_atomic_poll come down to the masked ones.
+    patch("create_masked_load", 0, atomic=False)
+    patch("create_masked_store", 0, atomic=False)
+    patch("create_atomic_rmw", 1, atomic=True)
+    patch("create_atomic_cas", 0, atomic=True)
+    patch("create_atomic_store", 0, atomic=True)
+
+
+class _Programs:
+    """Stands where the interpreter expects a kernel's function: called once, it runs programs until told to end."""
+
+    def __init__(self, function: Any, run: Callable[[Callable[[], Any]], None]) -> None:
+        self.__name__, self.__annotations__ = function.__name__, function.__annotations__
+        self.__globals__, self.__signature__ = function.__globals__, inspect.signature(function)
+        self._function, self._run = function, run
+
+    def __call__(self, **arguments: Any) -> None:
+        self._run(lambda: self._function(**arguments))
+
+
+class _Executor(interpreter.GridExecutor):
+    def _restore_args_dev(self, *_: Any) -> None:
+        """Nothing to copy back."""
+
+
+class _Team:
+    """The processes of a race, and the launches that they run."""
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], kwargs: Mapping[str, Any], memory: _Memory,
+        processes: int, seed: int, order: str, jitter: float, timeout: float,
+    ) -> None:  # fmt: skip
+        context = multiprocessing.get_context("fork")
+        self._kernel, self._grid, self._args, self._kwargs, self._memory = kernel, grid, args, kwargs, memory
+        self._seed, self._order, self._jitter, self._timeout = seed, order, jitter, timeout
+        self._function = kernel.rewrite()
+        self._lock = context.Lock()
+        self.board = _Board(math.prod(grid), context.Lock())
+        self._pipes = [context.Pipe() for _ in range(processes)]
+        self._processes = [context.Process(target=self._work, args=(i,), daemon=True) for i in range(processes)]
+
+    def start(self) -> None:
+        for process in self._processes:
+            process.start()
+        for _, theirs in self._pipes:
+            theirs.close()
+        self._hear_all(0, max(self._timeout, _START))
+
+    def end(self) -> None:
+        for process in self._processes:
+            if process.pid is not None:
+                process.kill()
+                process.join()
+                process.close()
+        for ours, theirs in self._pipes:
+            ours.close()
+            theirs.close()
+
+    # In the processes
+
+    def _work(self, me: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller ends its processes
+        link = self._pipes[me][1]
+        for i, (ours, theirs) in enumerate(self._pipes):  # or nobody would see the caller's ends close
+            ours.close()
+            if i != me:
+                theirs.close()
+        signal.signal(signal.SIGUSR1, lambda _, frame: self._tell(link, frame))
+        jitter = _Jitter(self._jitter, f"{self._seed} {me}")
+        try:
+            self._memory.adopt()
+            _patch(jitter, self._lock)
+            programs = _Programs(self._function, lambda program: self._serve(me, link, jitter, program))
+            _Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
+        except BaseException:
+            with suppress(BrokenPipeError):
+                link.send(traceback.format_exc())
+
+    def _serve(self, me: int, link: Connection, jitter: _Jitter, program: Callable[[], Any]) -> None:
+        builder = interpreter.interpreter_builder
+        dims = (*self._grid, 1, 1)[:3]
+        builder.set_grid_dim(*dims)
+        link.send(None)
+        while self._told(link):
+            while (taken := self.board.take(me)) is not None:
+                builder.set_grid_idx(*self._place(taken, dims))
+                jitter()
+                program()
+                self.board.ended[taken] = 1
+            link.send(None)
+
+    @staticmethod
+    def _told(link: Connection) -> bool:
+        """Wait for the next launch; false where the caller is gone."""
+        try:
+            return bool(link.recv())
+        except EOFError:
+            return False
+
+    def _tell(self, link: Connection, frame: Any) -> None:
+        """Send where the program is, and end."""
+        file = self._kernel.fn.__code__.co_filename
+        while frame is not None and frame.f_code.co_filename != file:
+            frame = frame.f_back
+        link.send(frame.f_lineno if frame is not None else None)
+        os._exit(1)
+
+    # In the caller
+
+    def launch(self, number: int) -> None:
+        board = self.board
+        order = np.arange(board.programs)
+        if self._order == "shuffled":
+            np.random.default_rng((self._seed, number)).shuffle(order)
+        board.reset(order)
+        for ours, _ in self._pipes:
+            with suppress(BrokenPipeError):  # a process that has died is found below
+                ours.send(True)
+        self._hear_all(number, self._timeout)
+
+    def _hear_all(self, number: int, timeout: float) -> None:
+        board = self.board
+        at_work = {ours: i for i, (ours, _) in enumerate(self._pipes)}
+        ended, deadline = 0, time.monotonic() + timeout
+        while at_work:
+            for link in [link for link in at_work if link in wait([*at_work], min(0.1, timeout))]:
+                self._hear(link, at_work.pop(link), number)
+            if int(board.ended.sum()) > ended:
+                ended, deadline = int(board.ended.sum()), time.monotonic() + timeout
+            elif at_work and time.monotonic() > deadline:
+                raise TimeoutError(self._stuck(number, timeout))
+
+    def _hear(self, link: Connection, process: int, number: int) -> None:
+        """What a process says at the end of a launch: nothing, or a traceback."""
+        program = self.board.running(process)
+        where = "no program" if program is None else f"program {self._name(program)}"
+        who = f"{self._kernel.__name__}: {where} of launch {number}"
+        try:
+            failure = link.recv()
+        except (EOFError, ConnectionResetError):
+            self._processes[process].join(1)
+            raise RuntimeError(f"{who} ended its process, exit code {self._processes[process].exitcode}") from None
+        if failure is not None:
+            raise RuntimeError(f"{who} raised\n{failure}")
+
+    def _stuck(self, number: int, timeout: float) -> str:
+        """What a message says where no program ends any more; ends the processes."""
+        board, running = self.board, []
+        for i, process in enumerate(self._processes):
+            program, link = board.running(i), self._pipes[i][0]
+            if program is not None and process.pid is not None:
+                os.kill(process.pid, signal.SIGUSR1)
+                line = link.recv() if link.poll(2) else None
+                running.append(self._name(program) + (f" at line {line}" if isinstance(line, int) else ""))
+        waiting = [self._name(int(p)) for p in board.order if board.owner[p] < 0]
+        return (
+            f"{self._kernel.__name__}: no program ended for {timeout:g} s in launch {number}; "
+            f"{int(board.ended.sum())} of {board.programs} had ended; "
+            f"running: {', '.join(running) or 'none'}; not begun: {_listed(waiting)}"
+        )
+
+    def _name(self, program: int) -> str:
+        place = self._place(program, (*self._grid, 1, 1)[:3])[: len(self._grid)]
+        return str(place[0]) if len(place) == 1 else str(place)
+
+    @staticmethod
+    def _place(program: int, dims: tuple[int, ...]) -> tuple[int, int, int]:
+        """Program ids; the first axis runs fastest, as on a GPU."""
+        return program % dims[0], program // dims[0] % dims[1], program // dims[0] // dims[1]
+
+
+def _listed(names: list[str]) -> str:
+    more = f", … ({len(names)} in all)" if len(names) > _LISTED else ""
+    return ", ".join(names[:_LISTED]) + more if names else "none"
+
+
+def _check(kernel: Any, processes: int, repeats: int, order: str, jitter: float, timeout: float) -> None:
+    if not INTERPRETED:
+        raise RuntimeError("race() runs in Triton's interpreter: set TRITON_INTERPRET=1 before importing normops")
+    if "fork" not in multiprocessing.get_all_start_methods():
+        raise RuntimeError("race() needs processes that start by fork, which this platform lacks")
+    if not isinstance(kernel, interpreter.InterpretedFunction):
+        raise ValueError(f"kernel must be a @triton.jit function, without decorators around it; got {kernel!r}")
+    for name, value in (("processes", processes), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}; got {order!r}")
+    if not 0 <= jitter <= 1:
+        raise ValueError(f"jitter must be a probability, from 0 to 1; got {jitter}")
+    if not timeout > 0:
+        raise ValueError(f"timeout must be more than 0 seconds; got {timeout}")
+
+
+def race(
+    kernel: Any,
+    grid: int | tuple[int, ...],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    processes: int = 4,
+    repeats: int = 1,
+    order: str = "shuffled",
+    seed: int = 0,
+    jitter: float = 0.1,
+    timeout: float = 60.0,
+    between: Callable[[int], None] | None = None,
+) -> Race:
+    """Do what ``kernel[grid](*args, **kwargs)`` does, in Triton's interpreter, with programs that run at the same time.
+
+    Each program runs once, in one of ``processes`` processes, which holds it until it ends: they are what the slots of
+    a GPU are, and where all wait, nothing goes on.  The next program goes to the process that is free first.  A GPU
+    promises no order of programs, so it is a new permutation in every launch; ``order="launch"`` takes them by program
+    id, the first axis fastest.
+
+    The processes are forks of the caller: nothing is pickled, and an argument may be what a kernel takes, in tuples
+    too.  Tensors lie in shared memory while programs run; views of one storage stay so.  What programs wrote is in the
+    caller's tensors afterwards, also after an error in a program.
+
+    ``repeats`` launches follow each other on the same memory and in the same processes, as on one stream.  Between two
+    of them, ``between(n)`` is called by the caller's process, n being the number of launches so far: to check that
+    counters are back at zero, or to overwrite outputs, in the tensors themselves.  What it raises ends the race.
+
+    Before an access to memory, a program pauses with probability ``jitter``, for 1 µs to 3 ms; ``seed`` chooses the
+    order and the pauses.  It does not choose the interleaving, which is the machine's: what was found once may need
+    more launches to be found again, and what was not found may be there.
+
+    It finds what goes wrong in some order of the accesses as programs make them: waiting for a program that has not
+    begun, reliance on launch order, counters that lose arrivals or are left behind, a result that is read before it is
+    written.  It cannot find a release, an acquire or a barrier that is missing: an x86 CPU keeps nearly every access in
+    its place where a GPU need not, each program is one thread, and an access is over before the next one begins.
+
+    Raises TimeoutError if no program ends for ``timeout`` seconds (it names those that run, with the line of the kernel
+    where each is, and those that have not begun), RuntimeError with the traceback for an exception in a program, for a
+    process that dies, outside the interpreter (``TRITON_INTERPRET=1``) and on platforms without fork, ValueError for
+    arguments that it cannot run.  No process outlives the call.
+    """
+    _check(kernel, processes, repeats, order, jitter, timeout)
+    dims = (grid,) if isinstance(grid, int) else tuple(grid)
+    if not 1 <= len(dims) <= 3 or any(not isinstance(n, int) or n < 1 for n in dims):
+        raise ValueError(f"grid must be one to three positive integers; got {grid!r}")
+    kwargs = dict(kwargs or {})
+    names = [*kernel.arg_names, *(f"argument {i}" for i in range(len(kernel.arg_names), len(args)))]
+    named = [*zip(names, args, strict=False), *kwargs.items()]
+    memory = _Memory([found for name, value in named for found in _tensors(name, value)])
+    team = _Team(kernel, dims, args, kwargs, memory, processes, seed, order, jitter, timeout)
+    share = np.zeros(processes, dtype=np.int64)
+    try:
+        team.start()
+        for number in range(repeats):
+            if number and between is not None:
+                memory.store()
+                between(number)
+                memory.load()
+            try:
+                team.launch(number)
+            except BaseException:
+                memory.store()
+                raise
+            share += np.bincount(team.board.owner, minlength=processes)
+    finally:
+        team.end()
+    memory.store()
+    return Race(repeats, team.board.programs, tuple(int(n) for n in share), team.board.together)
