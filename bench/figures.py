@@ -97,7 +97,7 @@ def describe_call(key: Row, planned: Any, launches: Sequence[VirtualLaunch], har
         "hbm_bytes": hbm.bytes, "floor_bytes": floor, "over_floor": round(hbm.bytes / max(floor, 1), 3),
         "l2_bytes": hbm.cached, "l2_window_bytes": hbm.window,
         "predicted_us": round(seconds * 1e6, 2),
-        "allowed_bits": allowed_bits(plan.layout, itemsizes["x"]), "launches": described,
+        "allowed_bits": allowed_bits(plan.streamed, itemsizes["x"]), "launches": described,
     }  # fmt: skip
 
 

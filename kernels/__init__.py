@@ -22,8 +22,16 @@ its strides in the same shape, ``()`` where it does not vary.  A tile is [BLOCK_
 first axis runs along m or along c (``ALONG_M``), whichever lies further inside.  ``mk``, ``ma``, ``ms``
 are masks, ``*_ptr`` pointers, None where the operand is absent.
 
+``FOLD`` = (columns of a group, columns of a block, lanes of its groups, whether a group's columns share
+their parameters).  Where a reduced axis is the innermost one and its pieces are short and odd (10 channels
+a group in channels_last, 7 × 7 planes), it is counted among the kept ones: m or c are then *columns*, read
+as wide as memory allows, and a block holds whole groups of them; sums over s are taken by column first, then
+over the columns of a group (``by_group``).  A fifth element of an operand's strides says how many neighbours
+along (m, c) share one of its elements.  Elsewhere a group is one column: FOLD = (1, BLOCK_K, BLOCK_K, False).
+
     forward.py    normalize (a whole group on chip) · statistics · apply
     backward.py   grad_normalize (a whole group on chip, or given its sums) · grad_statistics · grad_apply
+    ticketed.py   ticketed · grad_ticketed: both passes in one launch, in the order of tickets.py
     finish.py     finish_statistics · finish_group · finish_affine: partial results, in index order
     tile.py  moments.py  epilogue.py  activations.py: the pieces they share
 """

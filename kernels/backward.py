@@ -9,8 +9,21 @@ import triton.language as tl
 
 from .epilogue import affine, read_gradient, write_gradient
 from .forward import chunk_of
-from .moments import count
-from .tile import extent, kept, kept_block, load, load_shared, offsets, reduced_a, reduced_s, store, widened
+from .tile import (
+    by_group,
+    extent,
+    first_columns,
+    group_size,
+    kept,
+    kept_block,
+    load,
+    load_shared,
+    offsets,
+    reduced_a,
+    reduced_s,
+    store,
+    widened,
+)
 
 
 @triton.jit
@@ -20,6 +33,40 @@ def saved_statistics(mean_ptr, rstd_ptr, m, c, mk, SPACE: tl.constexpr, STAT: tl
     if mean_ptr is not None:
         mean = load(mean_ptr, o, mk, ACC)
     return mean, load(rstd_ptr, o, mk, ACC)
+
+
+@triton.jit
+def tile_sums(t1, t0, BLOCK_K: tl.constexpr, FOLD: tl.constexpr):
+    """Sums over s; also over the columns of a group, where they share their parameters (see FOLD)."""
+    p1 = tl.sum(t1, 2, keep_dims=True)
+    p0 = tl.sum(t0, 2, keep_dims=True)
+    SHARED: tl.constexpr = FOLD[3]
+    if SHARED:
+        p1 = by_group(p1, BLOCK_K, FOLD)
+        p0 = by_group(p0, BLOCK_K, FOLD)
+    return p1, p0
+
+
+@triton.jit
+def weighted(
+    p, w_ptr, at, mask, SPACE: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr,
+    FOLD: tl.constexpr,
+):  # fmt: skip
+    """Sum over a group of w · p, for p of tile_sums()"""
+    SHARED: tl.constexpr = FOLD[3]
+    v = tl.sum(affine(p, w_ptr, None, at, mask, SPACE, W, ACC), 1, keep_dims=True)
+    if not SHARED:
+        v = by_group(v, BLOCK_K, FOLD)
+    return v
+
+
+@triton.jit
+def sum_lanes(m, c, mk, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
+    """Lanes that store a sum of tile_sums(), and how many columns it stands for."""
+    SHARED: tl.constexpr = FOLD[3]
+    if SHARED:
+        mk = first_columns(m, c, mk, ALONG_M, FOLD)
+    return mk
 
 
 @triton.jit
@@ -42,7 +89,8 @@ def grad_normalize(
     SPACE: tl.constexpr, X: tl.constexpr, DY: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, DSUM: tl.constexpr,
     DX: tl.constexpr, DPOST: tl.constexpr, STAT: tl.constexpr, CENTER: tl.constexpr, ACT_GRAD: tl.constexpr,
     ACC: tl.constexpr, DIRECT: tl.constexpr,
-    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """x, dy[m, c, a, s] -> dx[m, c, a, s], dw, db[part, c, a] (DIRECT: dw, db[c, a]): one read of x and dy.
 
@@ -53,22 +101,24 @@ def grad_normalize(
     i = tl.program_id(0)
     block_a = i % blocks_a
     i = i // blocks_a
-    C_BLOCK: tl.constexpr = 1 if ALONG_M else BLOCK_K
+    COLUMNS: tl.constexpr = FOLD[1]
+    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    C_BLOCK: tl.constexpr = 1 if ALONG_M else COLUMNS
     blocks_c = tl.cdiv(extent(SPACE, 1, N0), C_BLOCK)
     c_start = widened(i % blocks_c, WIDE) * C_BLOCK
     part = widened(i // blocks_c, WIDE)
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     s, ms = reduced_s(0, SPACE, N0, BLOCK_S, WIDE)
-    n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
+    n = group_size(SPACE, N0, FOLD, ACC)
 
     if dw_ptr is not None:
         dw = tl.zeros((BLOCK_K, BLOCK_A, 1), ACC)
     if db_ptr is not None:
         db = tl.zeros((BLOCK_K, BLOCK_A, 1), ACC)
-    M_STEP: tl.constexpr = BLOCK_K if ALONG_M else 1
+    M_STEP: tl.constexpr = COLUMNS if ALONG_M else 1
     for j in range(0, steps):
         m_start = (part * steps + j) * M_STEP
-        m, c, mk = kept(m_start, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+        m, c, mk = kept(m_start, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE, COLUMNS)
         if not ALONG_M:
             # As a block: the interpreter of Triton 3.9 takes no mask made of a block and a scalar.
             mk = mk & (m + c * 0 < extent(SPACE, 0, N0))
@@ -80,17 +130,16 @@ def grad_normalize(
             x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean, rstd, at, wmask, mask,
             SPACE, X, DY, W, POST, ACT_GRAD, ACC,
         )  # fmt: skip
-        p1 = tl.sum(g * xhat, 2, keep_dims=True)
-        p0 = tl.sum(g, 2, keep_dims=True)
+        p1, p0 = tile_sums(g * xhat, g, BLOCK_K, FOLD)
         if dw_ptr is not None:
             dw += p1
         if db_ptr is not None:
             db += p0
         if c1_ptr is None:
-            c1 = tl.sum(affine(p1, w_ptr, None, at, wmask, SPACE, W, ACC), 1, keep_dims=True) / n
+            c1 = weighted(p1, w_ptr, at, wmask, SPACE, W, ACC, BLOCK_K, FOLD) / n
             c0 = 0.0
             if CENTER:
-                c0 = tl.sum(affine(p0, w_ptr, None, at, wmask, SPACE, W, ACC), 1, keep_dims=True) / n
+                c0 = weighted(p0, w_ptr, at, wmask, SPACE, W, ACC, BLOCK_K, FOLD) / n
         else:
             c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT)
         write_gradient(
@@ -98,12 +147,12 @@ def grad_normalize(
             SPACE, W, DSUM, DX, DPOST, ACC,
         )  # fmt: skip
 
-    m, c, mk = kept(0 * part, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    m, c, mk = kept(0 * part, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE, COLUMNS)
     if DIRECT:
         o = offsets((0, c, a, 0), SPACE, W)
     else:
-        o = (part * extent(SPACE, 1, N0) + c) * extent(SPACE, 2, N0) + a
-    mask = ma if ALONG_M else mk & ma
+        o = (part * extent(SPACE, 1, N0) + c) // PER_SUM * extent(SPACE, 2, N0) + a
+    mask = ma if ALONG_M else sum_lanes(m, c, mk, ALONG_M, FOLD) & ma
     if dw_ptr is not None:
         store(dw_ptr, o, tl.sum(dw, 0, keep_dims=True) if ALONG_M else dw, mask)
     if db_ptr is not None:
@@ -117,14 +166,15 @@ def grad_statistics(
     SPACE: tl.constexpr, X: tl.constexpr, DY: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, DSUM: tl.constexpr,
     DX: tl.constexpr, DPOST: tl.constexpr, STAT: tl.constexpr, ACT_GRAD: tl.constexpr, ACC: tl.constexpr,
     PER_A: tl.constexpr, KEPT_FIRST: tl.constexpr,
-    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """x, dy[m, c, a, s] -> p1, p0[chunk, m, c, a] (PER_A), or sum_a of w · p1, w · p0 [chunk, m, c].
 
     Where the statistics are constants (dx_ptr given), dx = rstd · w · g is written in the same pass.
     """
-    block_k, block_a, chunk_s = chunk_of(tl.program_id(0), chunks_s, SPACE, N0, KEPT_FIRST, ALONG_M, BLOCK_K, BLOCK_A)
-    m, c, mk = kept_block(block_k, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    block_k, block_a, chunk_s = chunk_of(tl.program_id(0), chunks_s, SPACE, N0, KEPT_FIRST, ALONG_M, FOLD, BLOCK_A)
+    m, c, mk = kept_block(block_k, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     wmask = ma if ALONG_M else mk & ma
     mean, rstd = saved_statistics(mean_ptr, rstd_ptr, m, c, mk, SPACE, STAT, ACC)
@@ -145,10 +195,11 @@ def grad_statistics(
         t1 += g * xhat
         t0 += g
 
-    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
-    group = m * extent(SPACE, 1, N0) + c
-    p1 = tl.sum(t1, 2, keep_dims=True)
-    p0 = tl.sum(t0, 2, keep_dims=True)
+    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0) // PER_SUM
+    group = (m * extent(SPACE, 1, N0) + c) // PER_SUM
+    mk = sum_lanes(m, c, mk, ALONG_M, FOLD)
+    p1, p0 = tile_sums(t1, t0, BLOCK_K, FOLD)
     if PER_A:
         o = (chunk_s * groups + group) * extent(SPACE, 2, N0) + a
         mask = mk & ma
@@ -170,12 +221,13 @@ def grad_apply(
     SPACE: tl.constexpr, X: tl.constexpr, DY: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, DSUM: tl.constexpr,
     DX: tl.constexpr, DPOST: tl.constexpr, STAT: tl.constexpr, ACT_GRAD: tl.constexpr, ACC: tl.constexpr,
     KEPT_FIRST: tl.constexpr,
-    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, WIDE: tl.constexpr,
+    ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """x, dy[m, c, a, s], c1, c0[m, c] -> dx[m, c, a, s]; the last tile first, see forward.apply."""
     i = tl.num_programs(0) - 1 - tl.program_id(0)
-    block_k, block_a, chunk_s = chunk_of(i, chunks_s, SPACE, N0, KEPT_FIRST, ALONG_M, BLOCK_K, BLOCK_A)
-    m, c, mk = kept_block(block_k, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    block_k, block_a, chunk_s = chunk_of(i, chunks_s, SPACE, N0, KEPT_FIRST, ALONG_M, FOLD, BLOCK_A)
+    m, c, mk = kept_block(block_k, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     s, ms = reduced_s(chunk_s * BLOCK_S, SPACE, N0, BLOCK_S, WIDE)
     at = (m, c, a, s)

@@ -11,37 +11,53 @@ groups leaves no long work to a single program.
 import triton
 import triton.language as tl
 
-from .backward import given_sums, saved_statistics
+from .backward import given_sums, saved_statistics, sum_lanes, tile_sums
 from .epilogue import affine, read_gradient, read_input, write_gradient, write_output
 from .finish import chunk_size, merge_group, merge_moments, merge_sums
 from .forward import centred, finish_moments
-from .moments import count
 from .tickets import FIRST_STATE, arrive, draw, leave, publish, turn, wait
-from .tile import extent, kept_block, load, load_shared, offsets, reduced_a, reduced_s, store, total
+from .tile import (
+    by_group,
+    extent,
+    first_columns,
+    group_block,
+    group_size,
+    kept_block,
+    load,
+    load_shared,
+    number_of_groups,
+    offsets,
+    reduced_a,
+    reduced_s,
+    store,
+    total,
+)
 
 
 @triton.jit
 def statistics_phase(
     x_ptr, pre_ptr, sum_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, part_mean_ptr, part_m2_ptr,
-    state_ptr, blocks_ptr, m, c, mk, block_a, chunk_s, N0, chunks_s, eps, momentum,
+    state_ptr, blocks_ptr, unit, m, c, mk, block_a, chunk_s, N0, chunks_s, eps, momentum,
     SPACE: tl.constexpr, X: tl.constexpr, PRE: tl.constexpr, SUM: tl.constexpr, STAT: tl.constexpr,
-    CENTER: tl.constexpr, ACC: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr,
+    CENTER: tl.constexpr, ACC: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, FAN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """mean and m2 of one tile; the last of a unit to come here merges them to mean and rstd."""
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     s, ms = reduced_s(chunk_s * BLOCK_S, SPACE, N0, BLOCK_S, WIDE)
     mask = mk & ma & ms
-    groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0)
+    groups = number_of_groups(SPACE, N0, FOLD)
     o = offsets((m, c, 0, 0), SPACE, STAT)
     chunks = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A) * chunks_s
     chunk = block_a * chunks_s + chunk_s
 
     x = read_input(x_ptr, pre_ptr, sum_ptr, (m, c, a, s), mask, SPACE, X, PRE, SUM, ACC, "evict_last")
-    mean, x = centred(x, mask, chunk_size(chunk, chunks_s, 1, SPACE, N0, BLOCK_A, BLOCK_S, ACC), CENTER)
+    n_tile = chunk_size(chunk, chunks_s, 1, SPACE, N0, BLOCK_A, BLOCK_S, FOLD, ACC)
+    mean, x = centred(x, mask, n_tile, CENTER, BLOCK_K, FOLD)
+    first = first_columns(m, c, mk, ALONG_M, FOLD)
     if CENTER:
-        tl.store(part_mean_ptr + chunk * groups + o, mean, mask=mk)
-    tl.store(part_m2_ptr + chunk * groups + o, total(x * x), mask=mk)
+        tl.store(part_mean_ptr + chunk * groups + o, mean, mask=first)
+    tl.store(part_m2_ptr + chunk * groups + o, by_group(total(x * x), BLOCK_K, FOLD), mask=first)
 
     row = 0
     rows = chunks
@@ -50,34 +66,38 @@ def statistics_phase(
     done = True
     if FAN > 0:
         along_s = tl.cdiv(chunks_s, FAN)
-        first = (chunk_s // FAN) * FAN
-        expected = tl.minimum(chunks_s - first, FAN)
+        begin = (chunk_s // FAN) * FAN
+        expected = tl.minimum(chunks_s - begin, FAN)
         word_ptr = blocks_ptr + chunk_s // FAN
         done = arrive(word_ptr, expected)
         if done:
             tl.atomic_xchg(word_ptr, 0, sem="relaxed")
-            n_block = chunk_size(chunk_s // FAN, along_s, FAN, SPACE, N0, BLOCK_A, BLOCK_S, ACC)
+            bm, bc, bk = group_block(unit, SPACE, N0, ALONG_M, FOLD, WIDE)
+            bo = offsets((bm, bc, 0, 0), SPACE, STAT)
+            n_block = chunk_size(chunk_s // FAN, along_s, FAN, SPACE, N0, BLOCK_A, BLOCK_S, FOLD, ACC)
             block_mean, block_m2 = merge_moments(
-                part_mean_ptr, part_m2_ptr, first, first, expected, n_block, o, mk, groups, chunks_s, 1,
-                SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_K, BLOCK_P,
+                part_mean_ptr, part_m2_ptr, begin, begin, expected, n_block, bo, bk, groups, chunks_s, 1,
+                SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_P, FOLD,
             )  # fmt: skip
-            q = (chunks + chunk_s // FAN) * groups + o
+            q = (chunks + chunk_s // FAN) * groups + bo
             if CENTER:
-                tl.store(part_mean_ptr + q, block_mean, mask=mk)
-            tl.store(part_m2_ptr + q, block_m2, mask=mk)
+                tl.store(part_mean_ptr + q, block_mean, mask=bk)
+            tl.store(part_m2_ptr + q, block_m2, mask=bk)
         row = chunks
         rows = along_s
         steps = FAN
     if done:  # noqa: SIM102 (`and` on the device evaluates both sides)
         if arrive(state_ptr, rows):
-            n = count(extent(SPACE, 2, N0), ACC) * count(extent(SPACE, 3, N0), ACC)
+            n = group_size(SPACE, N0, FOLD, ACC)
+            um, uc, uk = group_block(unit, SPACE, N0, ALONG_M, FOLD, WIDE)
+            uo = offsets((um, uc, 0, 0), SPACE, STAT)
             unit_mean, unit_m2 = merge_moments(
-                part_mean_ptr, part_m2_ptr, row, 0, rows, n, o, mk, groups, along_s, steps,
-                SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_K, BLOCK_P,
+                part_mean_ptr, part_m2_ptr, row, 0, rows, n, uo, uk, groups, along_s, steps,
+                SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_P, FOLD,
             )  # fmt: skip
             finish_moments(
-                unit_mean, unit_m2 / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-                N0, eps, momentum, SPACE, STAT, ACC,
+                unit_mean, unit_m2 / n, n, um, uc, uk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
+                N0, eps, momentum, SPACE, STAT, ACC, FOLD,
             )  # fmt: skip
             publish(state_ptr)
 
@@ -119,7 +139,7 @@ def ticketed(
     SPACE: tl.constexpr, X: tl.constexpr, PRE: tl.constexpr, SUM: tl.constexpr, W: tl.constexpr, POST: tl.constexpr,
     Y: tl.constexpr, STAT: tl.constexpr, CENTER: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
     ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_P: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_P: tl.constexpr, FAN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """x[m, c, a, s] -> y[m, c, a, s], mean[m, c], rstd[m, c].  Two programs for each tile of each unit."""
     applies, i = turn(draw(tickets_ptr), lead)
@@ -129,7 +149,7 @@ def ticketed(
     block_a = (i % tiles) // chunks_s
     chunk_s = i % chunks_s
     arrivals = tl.cdiv(chunks_s, FAN) if FAN > 0 else tiles
-    m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
     state_ptr = tickets_ptr + FIRST_STATE + unit
     if applies:
         apply_phase(
@@ -140,25 +160,28 @@ def ticketed(
         blocks_ptr = tickets_ptr + FIRST_STATE + tl.num_programs(0) // 2 // tiles + unit * arrivals
         statistics_phase(
             x_ptr, pre_ptr, sum_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr, part_mean_ptr, part_m2_ptr,
-            state_ptr, blocks_ptr, m, c, mk, block_a, chunk_s, N0, chunks_s, eps, momentum,
-            SPACE, X, PRE, SUM, STAT, CENTER, ACC, BLOCK_K, BLOCK_A, BLOCK_S, BLOCK_P, FAN, WIDE,
+            state_ptr, blocks_ptr, unit, m, c, mk, block_a, chunk_s, N0, chunks_s, eps, momentum,
+            SPACE, X, PRE, SUM, STAT, CENTER, ACC, ALONG_M, BLOCK_K, BLOCK_A, BLOCK_S, BLOCK_P, FAN, FOLD, WIDE,
         )  # fmt: skip
 
 
 @triton.jit
 def grad_statistics_phase(
     xhat, g, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, p1_ptr, p0_ptr, state_ptr, blocks_ptr,
-    m, c, mk, a, ma, block_m, block_a, chunk_s, N0, chunks_s,
+    unit, m, c, mk, a, ma, block_a, chunk_s, N0, chunks_s,
     SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr,
     DIRECT: tl.constexpr, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr,
-    MERGE_A: tl.constexpr, BLOCK_P: tl.constexpr, FAN: tl.constexpr,
+    MERGE_A: tl.constexpr, BLOCK_P: tl.constexpr, FAN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile; the last of a unit to come here merges them to c1, c0 and (not ROWS) dw, db."""
-    columns = extent(SPACE, 0, N0) * extent(SPACE, 1, N0) * A
-    column = (m * extent(SPACE, 1, N0) + c) * A
+    columns = number_of_groups(SPACE, N0, FOLD) * A
+    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    column = (m * extent(SPACE, 1, N0) + c) // PER_SUM * extent(SPACE, 2, N0)
     mask = mk
     wmask = ma if ALONG_M else mk & ma
     if ROWS:
+        column = m * extent(SPACE, 1, N0) + c
+        block_m = unit % tl.cdiv(extent(SPACE, 0, N0), BLOCK_K)
         # s is a single point: dw and db are sums over the rows of this tile, c1 and c0 sums along a.
         if DIRECT:
             o = offsets((0, c, a, 0), SPACE, W)
@@ -173,17 +196,17 @@ def grad_statistics_phase(
         arrivals = chunks
         t0 = affine(g, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC)
         t1 = total(t0 * xhat)
+        t0 = total(t0)
     else:
         column += a
-        mask = mk & ma
+        mask = sum_lanes(m, c, mk, ALONG_M, FOLD) & ma
         chunk = chunk_s
         chunks = chunks_s
         arrivals = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A) * chunks_s
-        t0 = g
-        t1 = tl.sum(g * xhat, 2, keep_dims=True)
+        t1, t0 = tile_sums(g * xhat, g, BLOCK_K, FOLD)
     tl.store(p1_ptr + chunk * columns + column, t1, mask=mask)
     if p0_ptr is not None:
-        tl.store(p0_ptr + chunk * columns + column, total(t0) if ROWS else tl.sum(t0, 2, keep_dims=True), mask=mask)
+        tl.store(p0_ptr + chunk * columns + column, t0, mask=mask)
 
     row = 0
     rows = chunks
@@ -208,10 +231,11 @@ def grad_statistics_phase(
                 tl.store(p0_ptr + q, b0, mask=mask)
     if done:  # noqa: SIM102 (`and` on the device evaluates both sides)
         if arrive(state_ptr, arrivals):
+            um, uc, uk = group_block(unit, SPACE, N0, ALONG_M, FOLD, WIDE)
             merge_group(
                 p1_ptr, p0_ptr, None if ROWS else w_ptr, c1_ptr, c0_ptr, None if ROWS else dw_ptr,
-                None if ROWS else db_ptr, row, rows, m, c, mk,
-                SPACE, N0, W, STAT, A, DIRECT, ACC, ALONG_M, BLOCK_K, MERGE_A, BLOCK_P,
+                None if ROWS else db_ptr, row, rows, um, uc, uk,
+                SPACE, N0, W, STAT, A, DIRECT, ACC, ALONG_M, FOLD, MERGE_A, BLOCK_P,
             )  # fmt: skip
             publish(state_ptr)
 
@@ -225,7 +249,7 @@ def grad_ticketed(
     DX: tl.constexpr, DPOST: tl.constexpr, STAT: tl.constexpr, ACT_GRAD: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, A: tl.constexpr, DIRECT: tl.constexpr,
     ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr,
-    MERGE_A: tl.constexpr, BLOCK_P: tl.constexpr, FAN: tl.constexpr, WIDE: tl.constexpr,
+    MERGE_A: tl.constexpr, BLOCK_P: tl.constexpr, FAN: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """x, dy[m, c, a, s] -> dx[m, c, a, s] and dw, db[m, c, a] (ROWS: [block of m, c, a]; DIRECT: [c, a]).
 
@@ -241,7 +265,7 @@ def grad_ticketed(
         arrivals = tl.cdiv(tiles, FAN)
     else:
         arrivals = tiles
-    m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, WIDE)
+    m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
     a, ma = reduced_a(block_a * BLOCK_A, SPACE, N0, BLOCK_A, WIDE)
     s, ms = reduced_s(chunk_s * BLOCK_S, SPACE, N0, BLOCK_S, WIDE)
     at = (m, c, a, s)
@@ -267,9 +291,9 @@ def grad_ticketed(
             "evict_last",
         )  # fmt: skip
         units = tl.num_programs(0) // 2 // tiles
-        block_m = unit % tl.cdiv(extent(SPACE, 0, N0), BLOCK_K)
         grad_statistics_phase(
             xh, gr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, p1_ptr, p0_ptr,
-            state_ptr, tickets_ptr + FIRST_STATE + units + unit * arrivals, m, c, mk, a, ma, block_m, block_a, chunk_s,
-            N0, chunks_s, SPACE, W, STAT, ACC, ROWS, A, DIRECT, ALONG_M, BLOCK_K, BLOCK_A, MERGE_A, BLOCK_P, FAN,
+            state_ptr, tickets_ptr + FIRST_STATE + units + unit * arrivals, unit, m, c, mk, a, ma, block_a,
+            chunk_s, N0, chunks_s, SPACE, W, STAT, ACC, ROWS, A, DIRECT, ALONG_M, BLOCK_K, BLOCK_A, MERGE_A, BLOCK_P,
+            FAN, FOLD, WIDE,
         )  # fmt: skip

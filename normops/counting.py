@@ -59,7 +59,12 @@ class Counted:
         self.grid = launch.grid
         self.itemsizes = itemsizes
         n_m, self.n_c, self.n_a, self.n_s = (prod(n or self["N0"] for n in sizes) for sizes in self["SPACE"])
-        self.groups, self.columns = n_m * self.n_c, self.n_c * self.n_a
+        self.points = n_m * self.n_c
+        """Points of the kept coordinates; a fold makes a group of several."""
+        self.per, self.block, self.group_lanes, shared = self.given.get("FOLD", (1, 1, 1, False))
+        self.per_sum = self.per if shared else 1
+        """How many of them a sum of a backward stands for."""
+        self.groups, self.columns = self.points // self.per, self.n_c * self.n_a // self.per_sum
         self.lanes: dict[str, Moved] = {}
         self.again: dict[str, int] = {}
         """Of the lanes loaded, those that this launch has loaded or stored before."""
@@ -95,14 +100,14 @@ class Counted:
         programs of one tile."""
         blocks_a = cdiv(self.n_a, self["BLOCK_A"])
         return _Tiles(
-            _Axis(self.groups, self.grid // visits // (blocks_a * chunks_s) * steps_m, self["BLOCK_K"]),
+            _Axis(self.points, self.grid // visits // (blocks_a * chunks_s) * steps_m, self["BLOCK_K"]),
             _Axis(self.n_a, blocks_a, self["BLOCK_A"]),
             _Axis(self.n_s, chunks_s, self["BLOCK_S"]),
         )
 
     def affine(self, tiles: _Tiles, *pointers: str) -> None:
         """epilogue.affine: parameters, under `wmask`."""
-        m, c, a, s = self["W"]
+        m, c, a, s = self["W"][:4]
         varies = {"k": m if self["ALONG_M"] else c, "a": a, "s": s}
         lanes = tiles.lanes("a" if self["ALONG_M"] else "ka", "".join(x for x, strides in varies.items() if strides))
         for pointer in pointers:
@@ -114,9 +119,9 @@ class Counted:
         coordinates = self.given.get({"B": "W", "DW": "W", "DB": "W", "MEAN": "STAT", "RSTD": "STAT"}.get(name, name))
         if coordinates is None:
             return None
-        varying = ((n, step) for sizes, steps in zip(self["SPACE"], coordinates, strict=True)
+        varying = ((n, step) for sizes, steps in zip(self["SPACE"], coordinates[:4], strict=True)
                    for n, step in zip(sizes, steps, strict=bool(steps)) if step)  # fmt: skip
-        return prod(n or self["N0"] for n, _ in varying)
+        return prod(n or self["N0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
 
 
 # One function for each jit function that moves something, in the kernels' own order.
@@ -170,8 +175,8 @@ def _statistics(call: Counted) -> None:
     tiles = call.tiles(call["chunks_s"])
     _read_input(call, tiles.looped(call["steps"]))
     if call["CENTER"]:
-        call.store("mean_ptr", tiles.lanes("k"))
-    call.store("m2_ptr", tiles.lanes("k"))
+        call.store("mean_ptr", tiles.lanes("k") // call.per)
+    call.store("m2_ptr", tiles.lanes("k") // call.per)
 
 
 def _apply(call: Counted) -> None:
@@ -193,7 +198,7 @@ def _grad_normalize(call: Counted) -> None:
     else:
         call.affine(tiles, *["w_ptr"] * (2 if call["CENTER"] else 1))
     _write_gradient(call, tiles)
-    across = tiles.a.tiles * cdiv(call.n_c, 1 if call["ALONG_M"] else call["BLOCK_K"])
+    across = tiles.a.tiles * cdiv(call.n_c, 1 if call["ALONG_M"] else call.block)
     for pointer in ("dw_ptr", "db_ptr"):
         call.store(pointer, call.grid // across * call.columns)
 
@@ -208,7 +213,7 @@ def _grad_statistics(call: Counted) -> None:
     if not call["PER_A"]:
         call.affine(tiles, *["w_ptr"] * (2 if call.has("p0_ptr") else 1))
     for pointer in ("p1_ptr", "p0_ptr"):
-        call.store(pointer, tiles.lanes("ka" if call["PER_A"] else "k"))
+        call.store(pointer, tiles.lanes("ka" if call["PER_A"] else "k") // call.per_sum)
 
 
 def _grad_apply(call: Counted) -> None:
@@ -233,7 +238,7 @@ def _finish_statistics(call: Counted) -> None:
 def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False) -> None:
     """`blocks`: of groups."""
     columns = call.groups * call["A"]
-    tiles = _Tiles(_Axis(call.groups, blocks, call["BLOCK_K"]), _Axis(call["A"], 1, call["A"]), _Axis(1, 1, 1))
+    tiles = _Tiles(_Axis(call.groups, blocks, call.group_lanes), _Axis(call["A"], 1, call["A"]), _Axis(1, 1, 1))
     for p, c in (("p1_ptr", "c1_ptr"), ("p0_ptr", "c0_ptr")):
         call.load(p, columns * chunks, again)
         call.store(c, call.groups)

@@ -36,6 +36,10 @@ class Layout:
     """Runs from the outermost to the innermost in memory; neighbours differ in kind or do not join."""
 
     runs: tuple[Run, ...]
+    fold: int = 1
+    """Neighbours along the innermost run, a kept one, that share a mean all the same, see :meth:`folded`."""
+    shared: bool = False
+    """Whether those share their parameters too."""
 
     @cached_property
     def pattern(self) -> str:
@@ -54,7 +58,7 @@ class Layout:
     @property
     def group(self) -> int:
         """Number of elements that share a mean."""
-        return self.extent("a") * self.extent("s")
+        return self.extent("a") * self.extent("s") * self.fold
 
     @property
     def kept(self) -> bool:
@@ -63,7 +67,7 @@ class Layout:
 
     @property
     def groups(self) -> int:
-        return self.extent("m") * self.extent("c")
+        return self.extent("m") * self.extent("c") // self.fold
 
     @property
     def numel(self) -> int:
@@ -89,6 +93,33 @@ class Layout:
         """The extent that the kernels take at run time."""
         return self.runs[0].size if self.runs else 1
 
+    def folded(self, streams: Iterable[int], params: int | None) -> Layout | None:
+        """This layout with its innermost reduced run counted among the kept one around it, whose pieces are short and
+        odd: the channels of a GroupNorm of a channels_last tensor, the pixels of a BatchNorm of 7 x 7 planes.
+
+        Both are then one run of columns that lies in memory without gaps, and `fold` columns make a group.  None where
+        they are not one run in every operand of x's size (`streams`), or nothing else is averaged over.
+        """
+        if len(self.runs) < 3:
+            return None
+        kept, inner = self.runs[-2:]
+        if kept.reduced or not inner.reduced or self.runs_of(kept.letter) != (kept,):
+            return None
+        shared = inner.letter == "s"
+        others = self.extent("s") // (inner.size if shared else 1)
+        if others == 1 or (self.groups != kept.size if shared else self.runs_of("a") != (inner,)):
+            return None
+        operands = [*streams, *((params,) if params is not None and not shared else ())]
+        if any(kept.strides[o] != inner.size * inner.strides[o] for o in operands):
+            return None
+        columns = Run(kept.size * inner.size, False, kept.affine, inner.strides)
+        return Layout((*self.runs[:-2], columns), inner.size, shared)
+
+    @property
+    def divisors(self) -> tuple[int, int]:
+        """How many neighbours along m and along c share what each group has one of."""
+        return (self.fold, 1) if self.letters[-1:] == "m" else (1, self.fold)
+
     def operand(self, operand: int) -> tuple[tuple[int, ...], ...]:
         """The strides of an operand as kernels take them; a constant operand has one stride, 0."""
         strides = tuple(self.strides(operand, letter) for letter in "mcas")
@@ -103,8 +134,10 @@ class Layout:
         for run in reversed(self.runs):
             if not run.reduced:
                 found[run] = step
-                step *= run.size
+                step *= run.size // (self.fold if run is self.runs[-1] else 1)
         result = (*(tuple(found[r] for r in self.runs_of(letter)) for letter in "mc"), (), ())
+        if self.fold > 1:
+            return (*result, self.divisors)
         return result if any(result) else ((0,), (), (), ())
 
     def reach(self) -> int:

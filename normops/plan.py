@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .layout import Layout, coalesce, dense_strides
-from .schedule import Tile
+from .schedule import Tile, column_blocks, vector
 
 # Strides of an operand that is not there.
 ABSENT: tuple[tuple[int, ...], ...] = ((), (), (), ())
@@ -68,6 +68,8 @@ class Plan:
     """The launches of one direction of one call, and the fp32/fp64 memory they share: (name, elements)."""
 
     layout: Layout
+    streamed: Layout
+    """The layout that tiles are cut from: `layout`, or the same folded."""
     engine: str
     launches: tuple[Launch, ...]
     saved: tuple[tuple[str, int], ...]
@@ -100,12 +102,20 @@ def weight_strides(spec: Spec) -> tuple[int, ...]:
 
 def kernel_tile(tile: Tile, layout: Layout) -> dict[str, Any]:
     wide = layout.reach() + tile.elements >= 2**31 or layout.numel + tile.elements >= 2**31
-    return {"ALONG_M": tile.along_m, "BLOCK_K": tile.k, "BLOCK_A": tile.a, "BLOCK_S": tile.s, "WIDE": wide}
+    return {
+        "ALONG_M": tile.along_m, "BLOCK_K": tile.k, "BLOCK_A": tile.a, "BLOCK_S": tile.s,
+        "FOLD": fold(layout, tile.columns, tile.groups), "WIDE": wide,
+    }  # fmt: skip
 
 
-def kept_blocks(layout: Layout, along_m: bool, block: int) -> int:
+def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, bool]:
+    """FOLD as kernels take it, for blocks of so many columns in so many lanes of groups."""
+    return layout.fold, columns, groups, layout.shared
+
+
+def kept_blocks(layout: Layout, along_m: bool, columns: int) -> int:
     inside, outside = ("m", "c") if along_m else ("c", "m")
-    return cdiv(layout.extent(inside), block) * layout.extent(outside)
+    return cdiv(layout.extent(inside), columns) * layout.extent(outside)
 
 
 def kept_first(layout: Layout) -> bool:
@@ -127,3 +137,20 @@ class Shapes(NamedTuple):
             # A single row, in tiles of several as a batch of them: addresses have the shape of the tile all the same.
             given = {name: steps if name == "W" else ((0,), *steps[1:]) for name, steps in given.items()}
         return layout, {name: given.get(name, ABSENT) for name, _ in self.operands}
+
+    def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
+        """The folded layout and its operands, where it allows wider accesses than `layout`; see Layout.folded."""
+        places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
+        params = places.get("W")
+        folded = layout.folded([0, *(i for name, i in places.items() if name != "W")], params)
+        if folded is None or vector(folded, itemsize) <= vector(layout, itemsize):
+            return None
+        if not column_blocks(folded, itemsize):
+            return None
+        # Planes that can be read 8 bytes at a time stay: there a tile has no idle lanes.
+        if folded.shared and vector(layout, itemsize) * itemsize >= 8:
+            return None
+        given = {name: folded.operand(i) for name, i in places.items()}
+        if params is not None and folded.shared:
+            given["W"] = (*layout.operand(params), folded.divisors)
+        return folded, {name: given.get(name, ABSENT) for name, _ in self.operands}

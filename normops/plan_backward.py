@@ -10,7 +10,7 @@ from .kernels import backward as kb
 from .kernels import finish as kf
 from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
-from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, kept_blocks, kept_first, kernel_tile
+from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
 from .schedule import Device, Limits, Tickets, Tile
 
 Needs = tuple[bool, bool, bool, bool]
@@ -39,14 +39,15 @@ class _Backward:
         self.spec, self.itemsize, self.acc_bytes, self.given = spec, itemsize, acc.itemsize, given
         self.limits, self.device = limits, device
         _, self.dw, self.db, _ = needs
-        layout, self.operands = shapes.layout(spec, spec.affine)
-        self.layout = layout
-        self.n_m, self.n_c, self.n_a, self.n_s = (layout.extent(letter) for letter in "mcas")
+        base, operands = shapes.layout(spec, spec.affine)
+        layout, self.operands = shapes.columns(base, itemsize) or (base, operands)
+        self.base, self.layout = base, layout
+        self.n_m, self.n_c, self.n_a, self.n_s = (base.extent(letter) for letter in "mcas")
         self.columns = self.n_c * self.n_a
-        self.common = {
-            "SPACE": layout.space, "ACC": tl.float64 if self.acc_bytes == 8 else tl.float32,
-            "STAT": layout.statistics(),
-        }  # fmt: skip
+        acc_type = {"ACC": tl.float64 if self.acc_bytes == 8 else tl.float32}
+        self.common = {"SPACE": layout.space, "STAT": layout.statistics(), **acc_type}
+        # What finishes knows of groups only.
+        self.grouped = {"SPACE": base.space, "STAT": base.statistics(), "W": operands["W"], **acc_type}
         self.grad = ACTIVATIONS[spec.activation][1] if spec.activation != "identity" else None
         self.streams = {**self.operands, "ACT_GRAD": self.grad}
         # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
@@ -56,7 +57,7 @@ class _Backward:
 
     def plan(self, engine: str, words: int = 0) -> Plan:
         scratch = tuple((name, size) for name, size in self.scratch.items() if size)
-        return Plan(self.layout, engine, tuple(self.launches), (), scratch, words)
+        return Plan(self.base, self.layout, engine, tuple(self.launches), (), scratch, words)
 
     def take(self, names: Names, sizes: tuple[int, int]) -> None:
         """Workspace; what launches of one plan ask for under one name is the same memory."""
@@ -168,7 +169,8 @@ class _Backward:
         count, steps = schedule.parts(self.layout, tile, self.device)
         direct = count == 1
         names = self.asked("dw", "db") if direct else self.asked("t1", "t0")
-        blocks = cdiv(self.n_c, 1 if tile.along_m else tile.k) * cdiv(self.n_a, tile.a)
+        blocks = cdiv(self.layout.extent("c"), 1 if tile.along_m else tile.columns)
+        blocks *= cdiv(self.layout.extent("a"), tile.a)
         self.launches.append(Launch(
             kb.grad_normalize, blocks * count, (*READS, *sums, *WRITES, *names), (self.layout.outer, steps),
             {**self.common, **self.streams, **kernel_tile(tile, self.layout), "CENTER": self.spec.center,
@@ -185,11 +187,11 @@ class _Backward:
         fewer = 1 if self.grad is None else 2
         tile = schedule.stream(self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile // fewer, 512 // fewer)
         steps = schedule.steps(self.layout, tile)
-        chunks_s = cdiv(self.n_s, tile.s * steps)
-        blocks_a = cdiv(self.n_a, tile.a)
+        chunks_s = cdiv(self.layout.extent("s"), tile.s * steps)
+        blocks_a = cdiv(self.layout.extent("a"), tile.a)
         p0 = "p0" if self.spec.center or (per_a and self.db) else ""
         self.launches.append(Launch(
-            kb.grad_statistics, kept_blocks(self.layout, tile.along_m, tile.k) * blocks_a * chunks_s,
+            kb.grad_statistics, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks_s,
             (*READS, *(WRITES if write else ("", "", "")), "p1", p0), (self.layout.outer, chunks_s, steps),
             {**self.common, **self.streams, **kernel_tile(tile, self.layout), "PER_A": per_a,
              "KEPT_FIRST": kept_first(self.layout)},
@@ -206,14 +208,14 @@ class _Backward:
         if not direct:
             self.take(totals, (self.layout.groups * self.n_a,) * 2)
         wide = self.n_a if per_a else 1
-        along_m = schedule.along_m(self.layout)
-        block_k, block_a, block_p = schedule.finish_group_tile(kept_first(self.layout), wide)
+        along_m = schedule.along_m(self.base)
+        block_k, block_a, block_p = schedule.finish_group_tile(kept_first(self.base), wide)
         p0 = "p0" if self.spec.center or totals[1] else ""
         self.launches.append(Launch(
-            kf.finish_group, kept_blocks(self.layout, along_m, block_k),
-            ("p1", p0, "w" if per_a else "", *self.sums(), *totals), (self.layout.outer, partials),
-            {**self.common, "W": self.operands["W"], "A": wide, "DIRECT": direct, "ALONG_M": along_m,
-             "BLOCK_K": block_k, "BLOCK_A": block_a, "BLOCK_P": block_p, "WIDE": False},
+            kf.finish_group, kept_blocks(self.base, along_m, block_k),
+            ("p1", p0, "w" if per_a else "", *self.sums(), *totals), (self.base.outer, partials),
+            {**self.grouped, "A": wide, "DIRECT": direct, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
+             "BLOCK_A": block_a, "BLOCK_P": block_p, "WIDE": False},
             4,
         ))  # fmt: skip
         return totals
@@ -221,17 +223,18 @@ class _Backward:
     def finish_affine(self, partials: Names, rows: int) -> None:
         block_j, block_i = schedule.finish_affine_tile(self.columns)
         self.launches.append(Launch(
-            kf.finish_affine, cdiv(self.columns, block_i), (*partials, "dw", "db"), (self.layout.outer, rows),
-            {"SPACE": self.common["SPACE"], "ACC": self.common["ACC"], "W": self.operands["W"],
+            kf.finish_affine, cdiv(self.columns, block_i), (*partials, "dw", "db"), (self.base.outer, rows),
+            {**{name: value for name, value in self.grouped.items() if name != "STAT"},
              "BLOCK_J": block_j, "BLOCK_I": block_i},
             4,
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:
         tile = schedule.stream(self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512)
-        chunks_s = cdiv(self.n_s, tile.s)
+        chunks_s = cdiv(self.layout.extent("s"), tile.s)
+        blocks_a = cdiv(self.layout.extent("a"), tile.a)
         self.launches.append(Launch(
-            kb.grad_apply, kept_blocks(self.layout, tile.along_m, tile.k) * cdiv(self.n_a, tile.a) * chunks_s,
+            kb.grad_apply, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks_s,
             (*READS, *sums, *WRITES), (self.layout.outer, chunks_s),
             {**self.common, **self.streams, **kernel_tile(tile, self.layout), "KEPT_FIRST": kept_first(self.layout)},
             tile.warps,

@@ -13,7 +13,7 @@ from .kernels import forward as kw
 from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .layout import Layout
-from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, kept_blocks, kept_first, kernel_tile
+from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
 from .schedule import Device, Limits, Tickets, Tile
 
 
@@ -42,7 +42,8 @@ class _Forward:
         self.spec, self.shapes, self.itemsize, self.given = spec, shapes, itemsize, given
         self.acc_bytes = acc.itemsize
         self.limits, self.device = limits, device
-        self.layout, self.operands = shapes.layout(spec, spec.affine)
+        self.base, base = shapes.layout(spec, spec.affine)
+        self.layout, self.operands = shapes.columns(self.base, itemsize) or (self.base, base)
         self.summed = self.operands["SUM"] is not ABSENT
         self.common = {"ACC": tl.float64 if self.acc_bytes == 8 else tl.float32}
         self.inputs = {name: self.operands[name] for name in ("X", "PRE", "SUM")}
@@ -54,7 +55,8 @@ class _Forward:
     def plan(
         self, engine: str, launches: tuple[Launch, ...], scratch: tuple[tuple[str, int], ...] = (), words: int = 0
     ) -> Plan:
-        return Plan(self.layout, engine, launches, () if self.given else self.spec.statistics, scratch, words)
+        saved = () if self.given else self.spec.statistics
+        return Plan(self.base, self.layout, engine, launches, saved, scratch, words)
 
     def partials(self, rows: int) -> tuple[tuple[str, int], ...]:
         names = ("part_mean", "part_m2") if self.spec.center else ("part_m2",)
@@ -78,13 +80,14 @@ class _Forward:
         tile = whole(most)
         if tile is None and self.layout.runs[0].reduced:
             tile = whole(limits.forward_batch)
-            if tile is not None and not schedule.fills(kept_blocks(self.layout, tile.along_m, tile.k), self.device):
+            blocks = 0 if tile is None else kept_blocks(self.layout, tile.along_m, tile.columns)
+            if not schedule.fills(blocks, self.device):
                 return None
         return tile
 
     def normalize(self, tile: Tile) -> Launch:
         return Launch(
-            kw.normalize, kept_blocks(self.layout, tile.along_m, tile.k),
+            kw.normalize, kept_blocks(self.layout, tile.along_m, tile.columns),
             ("x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "running_mean", "running_var"),
             (self.layout.outer, "eps", "momentum"),
             {**self.moments(self.layout), **self.inputs, **self.out, **kernel_tile(tile, self.layout)}, tile.warps,
@@ -97,10 +100,11 @@ class _Forward:
             return None
         # x, or where something is added what goes through L2 meanwhile: x, pre and their sum.
         streams = 3 if self.summed else 1
-        # Parameters that run across the vectors of x are spread anew, and held in full.
-        fewer = 2 if self.layout.letters[-1:] == "a" and self.layout.extent("s") > 1 else 1
+        # Parameters that run across the vectors of x are spread anew, and held in full; so are sums of a fold.
+        across = self.layout.letters[-1:] == "a" and self.layout.extent("s") > 1
+        fewer = 2 if across or self.layout.fold > 1 else 1
         return schedule.ticketed(
-            self.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // fewer, 1024 // fewer,
+            self.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // fewer, 1024,
             self.limits.rows, self.limits, self.device,
         )  # fmt: skip
 
@@ -124,7 +128,9 @@ class _Forward:
         # a tile covers neighbouring groups along a line of memory.
         grouped, inputs = self.shapes.layout(self.spec, ())
         runs = grouped.runs
-        if len(runs) > 2 and runs[-1].reduced and not runs[-2].reduced:
+        if self.layout.fold > 1:
+            grouped, inputs = self.layout, self.operands
+        elif len(runs) > 2 and runs[-1].reduced and not runs[-2].reduced:
             grouped = Layout((*runs[:-1], runs[-1]._replace(affine=True)))
             names = [name for name, strides in self.shapes.operands if strides is not None]
             inputs = {**inputs, **{name: grouped.operand(i + 1) for i, name in enumerate(names)}}
@@ -133,19 +139,21 @@ class _Forward:
         chunks_s = cdiv(grouped.extent("s"), tile.s * steps)
         chunks = chunks_s * cdiv(grouped.extent("a"), tile.a)
         constants = {**self.moments(grouped), **kernel_tile(tile, grouped)}
+        merging = {name: value for name, value in constants.items() if name != "BLOCK_K"}
         part_mean = "part_mean" if self.spec.center else ""
         statistics = Launch(
-            kw.statistics, kept_blocks(grouped, tile.along_m, tile.k) * chunks,
+            kw.statistics, kept_blocks(grouped, tile.along_m, tile.columns) * chunks,
             ("x", "pre", "sum", part_mean, "part_m2"), (grouped.outer, chunks_s, steps),
             {**constants, "KEPT_FIRST": kept_first(grouped), **{name: inputs[name] for name in self.inputs}},
             tile.warps,
         )  # fmt: skip
         block_k, _, block_p = schedule.finish_group_tile(kept_first(grouped))
+        columns = block_k * grouped.fold
         finish = Launch(
-            kf.finish_statistics, kept_blocks(grouped, tile.along_m, block_k),
+            kf.finish_statistics, kept_blocks(grouped, tile.along_m, columns),
             (part_mean, "part_m2", "mean", "rstd", "running_mean", "running_var"),
             (grouped.outer, chunks, chunks_s, steps, "eps", "momentum"),
-            {**constants, "BLOCK_K": block_k, "BLOCK_P": block_p}, 4,
+            {**merging, "FOLD": fold(grouped, columns, block_k), "BLOCK_P": block_p}, 4,
         )  # fmt: skip
         return self.plan("split", (statistics, finish, self.apply()), self.partials(chunks))
 
@@ -154,7 +162,7 @@ class _Forward:
         tile = schedule.stream(layout, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
         chunks_s = cdiv(layout.extent("s"), tile.s)
         return Launch(
-            kw.apply, kept_blocks(layout, tile.along_m, tile.k) * cdiv(layout.extent("a"), tile.a) * chunks_s,
+            kw.apply, kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.a) * chunks_s,
             ("sum" if self.summed else "x", "w", "b", "post", "y", "mean", "var" if self.given == "var" else "rstd"),
             (layout.outer, chunks_s, "eps"),
             {**self.common, **self.out, **kernel_tile(tile, layout), "SPACE": layout.space,

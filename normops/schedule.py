@@ -116,10 +116,22 @@ class Tile:
     a: int
     s: int
     warps: int
+    used: int = 0
+    """Lanes of k that stand for a column of a folded layout; 0: all."""
+    fold: int = 1
 
     @property
     def elements(self) -> int:
         return self.k * self.a * self.s
+
+    @property
+    def columns(self) -> int:
+        return self.used or self.k
+
+    @property
+    def groups(self) -> int:
+        """Lanes for the groups of a block."""
+        return next_power_of_2(self.columns // self.fold)
 
 
 def next_power_of_2(n: int) -> int:
@@ -160,6 +172,24 @@ def vector(layout: Layout, itemsize: int) -> int:
     return gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in layout.runs[:-1]))
 
 
+def column_blocks(layout: Layout, itemsize: int) -> list[tuple[int, int]]:
+    """(lanes, columns used) of blocks of whole groups of a folded layout, the best first.
+
+    Blocks begin where 16 bytes do.  Best: a line of memory or more with at most a tenth of the lanes idle, the fewest
+    lanes; then the fewest idle; blocks of at least half a line follow, for groups that would not fit otherwise.
+    """
+    step = layout.fold * (vector(layout, itemsize) // gcd(vector(layout, itemsize), layout.fold))
+    line = limits().line_bytes // itemsize
+    found = []
+    for lanes in (32, 64, 128, 256, 512, 1024):
+        columns = min(lanes // step * step, -(-layout.runs[-1].size // layout.fold) * layout.fold)
+        if columns * 2 >= line:
+            found.append((lanes, columns))
+    best = [b for b in found if b[1] >= line and 10 * b[1] >= 9 * b[0]][:1]
+    best = best or sorted(found, key=lambda b: (b[1] < line, -b[1] / b[0], b[0]))[:1]
+    return best + [b for b in reversed(found) if b[0] < best[0][0]] if best else []
+
+
 def warps(elements: int, per_warp: int, most: int = 16) -> int:
     return max(1, min(most, elements // per_warp))
 
@@ -187,6 +217,12 @@ def whole_groups(
     # Parameters run across the vectors of x: they are spread anew, through shared memory, and held in full.
     if a > 1 and layout.runs and not layout.runs[-1].reduced:
         limit //= 2
+    if layout.fold > 1:
+        # The sums of every column are held, and spread over those of its group.
+        for lanes, columns in column_blocks(layout, itemsize):
+            if 2 * lanes * s <= limit:
+                return Tile(m, lanes, 1, s, warps(lanes * s * room, per_warp, most_warps), columns, layout.fold)
+        return None
     k = min(bound, _line_groups(layout, itemsize, limits().line_bytes))
     narrow = min(k, max(1, k // 2))
     while k > narrow and k * a * s > limit:
@@ -202,6 +238,10 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     """A tile that walks through memory: filled from the innermost axis outwards."""
     elements = elements * 4 // acc_bytes
     m = along_m(layout)
+    if layout.fold > 1:
+        lanes, columns = column_blocks(layout, itemsize)[0]
+        s = min(next_power_of_2(layout.extent("s")), max(1, elements // lanes))
+        return Tile(m, lanes, 1, s, warps(lanes * s * acc_bytes // 4, per_warp), columns, layout.fold)
     letter = "m" if m else "c"
     block = {"k": 1, "a": 1, "s": 1}
     room = elements
@@ -271,12 +311,12 @@ def ticketed(
             if k < min(rows, 4):
                 break
             tile = replace(tile, k=k, a=max(1, min(next_power_of_2(layout.extent("a")), tile.elements // k)))
-        elif narrower > 1 or (narrower and (tile.k == 1 or _line_groups(layout, itemsize, limits.line_bytes) == 1)):
-            break
-        elif narrower:
+        elif narrower == 1 and layout.fold == 1 and _line_groups(layout, itemsize, limits.line_bytes) > 1 < tile.k:
             # Half a line of memory for each group of channels: better than a third pass over x.
             tile = replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
-        unit = min(tile.k, layout.groups) * layout.group * itemsize * streams
+        elif narrower:
+            break
+        unit = min(tile.columns // tile.fold, layout.groups) * layout.group * itemsize * streams
         if 4 * unit > 3 * window:  # statistics must run ahead by more than a unit
             continue
         return _tickets(layout, tile, unit, window, limits, device)
@@ -288,7 +328,7 @@ def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits,
     blocks_a = -(-layout.extent("a") // tile.a)
     tiles = chunks_s * blocks_a
     inside, outside = ("m", "c") if tile.along_m else ("c", "m")
-    units = -(-layout.extent(inside) // tile.k) * layout.extent(outside)
+    units = -(-layout.extent(inside) // tile.columns) * layout.extent(outside)
     lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit))
     # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
     fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
@@ -312,8 +352,8 @@ def steps(layout: Layout, tile: Tile) -> int:
 def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
     """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once."""
     across = -(-layout.extent("a") // tile.a)
-    across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.k)
-    blocks = -(-layout.extent("m") // tile.k) if tile.along_m else layout.extent("m")
+    across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
+    blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
     wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each

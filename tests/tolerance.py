@@ -119,10 +119,11 @@ TINY = {"tile": 64, "grad_tile": 64, "ticket_tile": 64, "grad_ticket_tile": 64, 
 
 
 @contextmanager
-def engine(name: str) -> Iterator[None]:
-    """"split" and "ticketed" send every group through several programs, "resident" leaves it to the schedule."""
+def engine(name: str, **sizes: int) -> Iterator[None]:
+    """"split" and "ticketed" send every group through several programs, in tiny tiles unless `sizes` say otherwise;
+    "resident" leaves it to the schedule."""
     if name == "resident":
         yield
     else:
-        with schedule.forced(engine=name, **TINY):
+        with schedule.forced(engine=name, **TINY | sizes):
             yield
