@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 
-if __name__ == "__main__" and sys.argv[1:2] == ["gpu"]:  # on machines that have nothing but Python, torch and triton
-    from .gpu import main
+if __name__ == "__main__" and sys.argv[1:2] in (["gpu"], ["tune"]):  # where there is only Python, torch and triton
+    from importlib import import_module
 
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(import_module(f".{sys.argv[1]}", "bench").main(sys.argv[2:]))
 
 from difflib import get_close_matches
 from pathlib import Path
@@ -140,6 +140,14 @@ PLAIN = {"context_settings": {"ignore_unknown_options": True, "allow_extra_args"
 def gpu(context: typer.Context) -> None:
     """One full run on a CUDA machine, in minutes: correctness, times, DRAM bytes (gpu --help)."""
     from .gpu import main
+
+    raise typer.Exit(main(context.args))
+
+
+@app.command(**PLAIN)
+def tune(context: typer.Context) -> None:
+    """Thresholds of the schedule from measured times: measures on a GPU, or reads records (tune --help)."""
+    from .tune import main
 
     raise typer.Exit(main(context.args))
 

@@ -25,8 +25,9 @@ from .cases import Case
 from .common import console, run_all, save
 from .compare import BASELINE, REFRESH, compare, read_rows, worktree, write_baseline
 from .evidence_plot import plot
-from .evidence_table import print_calls
+from .evidence_table import print_calls, print_variants
 from .figures import SCHEMA, Row, describe_call, summary
+from .variants import Variant, counted, variants
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600.0
@@ -55,12 +56,12 @@ def entered(device: str) -> testing.VirtualDevice:
     return _DEVICES.enter_context(testing.virtual_device(device))
 
 
-def measure(task: Task) -> list[Row]:
-    """Forward and backward of one case in one memory format; runs in a worker process."""
+def measure(task: Task) -> tuple[list[Row], list[Variant]]:
+    """Forward and backward of one case in one memory format, and what this process had to compile for them."""
     case, format_name, dtype, device, folder = task
     gpu, rows = entered(device), []
     gpu.launches.clear()
-    with testing.plans() as planned:
+    with testing.plans() as planned, variants() as found:
         inputs = providers.make_inputs(case, case.shape, case.formats[format_name], providers.DTYPES[dtype], empty=True)
         outputs = providers.by_normops(case, inputs)
         for direction in ("forward", "backward"):
@@ -74,7 +75,7 @@ def measure(task: Task) -> list[Row]:
                 keep(folder, key, gpu.launches)
             gpu.launches.clear()
             planned.clear()
-    return rows
+    return rows, found
 
 
 def keep(folder: Path, key: Row, launches: Sequence[testing.VirtualLaunch]) -> None:
@@ -92,14 +93,16 @@ def keep(folder: Path, key: Row, launches: Sequence[testing.VirtualLaunch]) -> N
 
 def gather(
     device: str, cases: Sequence[Case], dtype: str, processes: int, folder: Path | None = None
-) -> tuple[list[Row], list[str]]:
-    """Rows of all cases in their order, and what went wrong."""
+) -> tuple[list[Row], list[Variant], list[str]]:
+    """Rows of all cases in their order, the variants compiled in all processes together, and what went wrong."""
     tasks: list[Task] = [(case, name, dtype, device, folder) for case in cases for name in case.formats]
     with compiling():
         done = dict(run_all(measure, tasks, f"compile for {device}", processes, LIMIT))
     failed = {i: answer for i, answer in done.items() if isinstance(answer, workers.Failed)}
     failures = [f"{tasks[i][0].name} {tasks[i][1]}: {answer.reason}" for i, answer in sorted(failed.items())]
-    return [row for i in sorted(done) if i not in failed for row in done[i]], failures
+    good = [done[i] for i in sorted(done.keys() - failed.keys())]
+    found = [variant for _, compiled in good for variant in compiled]
+    return [row for rows, _ in good for row in rows], found, failures
 
 
 def head(device: str, dtype: str) -> Row:
@@ -141,15 +144,16 @@ def evidence(
     """
     processes = processes or min(os.cpu_count() or 1, 8)
     before = rows_of(base, device, cases, only, dtype, processes) if base else None
-    rows, failures = gather(device, cases, dtype, processes, folder)
-    shared = head(device, dtype)
+    rows, found, failures = gather(device, cases, dtype, processes, folder)
+    shared, compiled = head(device, dtype), counted(found)
     with compiling():
-        save(out, "evidence", shared | {"summary": summary(rows), "rows": rows})
+        save(out, "evidence", shared | {"summary": summary(rows) | {"variants": compiled}, "rows": rows})
     if before is not None:
         names = {case.name for case in cases}
         print_changes(base or "", [row for row in before["rows"] if row["case"] in names], rows)
     elif rows:
         print_calls(rows, testing.HARDWARE[device], dtype)
+        print_variants(rows, compiled)
         console.print(f"JSON and picture: {plot(rows, shared, out).parent}", soft_wrap=True)
     if baseline and not failures:
         write_baseline(BASELINE, shared, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from normops.testing import Hardware
@@ -82,3 +82,12 @@ def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str) -> None:
         markup=False, highlight=False,
     )  # fmt: skip
     console.print(sentence(summary(rows)), markup=False, highlight=False, style="bold")
+
+
+def print_variants(rows: Sequence[Row], variants: Mapping[str, int]) -> None:
+    """How often Triton compiles for all these calls, by kernel."""
+    launches, each = sum(len(row["launches"]) for row in rows), ", ".join(f"{n} {k}" for k, n in variants.items())
+    console.print(
+        f"{sum(variants.values())} compiled variants for {launches} launches of {len(rows)} calls: {each}.",
+        markup=False, highlight=False,
+    )  # fmt: skip
