@@ -72,16 +72,18 @@ class _Forward:
         if limits.engine not in ("", "resident"):
             return None
         extra = self.operands["POST"] is not ABSENT
-        most = limits.forward if not limits.engine else max(limits.forward, limits.forward_batch)
 
-        def whole(limit: int) -> Tile | None:
-            return schedule.whole_groups(self.layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra)
+        def whole(limit: int, warps: int) -> Tile | None:
+            return schedule.whole_groups(
+                self.layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra, warps
+            )
 
-        tile = whole(most)
-        if tile is None and self.layout.runs[0].reduced:
-            tile = whole(limits.forward_batch)
+        # 64 elements a thread, beyond 8192: two programs of 8 warps live on an SM where one of 16 would.
+        tile = whole(limits.forward, 8)
+        if tile is None and (limits.engine or self.layout.runs[0].reduced):
+            tile = whole(limits.forward_batch, 16)
             blocks = 0 if tile is None else kept_blocks(self.layout, tile.along_m, tile.columns)
-            if not schedule.fills(blocks, self.device):
+            if not limits.engine and not schedule.fills(blocks, self.device):
                 return None
         return tile
 

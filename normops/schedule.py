@@ -205,7 +205,7 @@ def whole_groups(
     """
     # fp64 takes two registers a value, and its arithmetic as many again.
     room = 1 if acc_bytes == 4 else 4
-    limit, pack = limit // room, pack * 4 // acc_bytes
+    limit, pack = limit // room, pack * 2 // itemsize if acc_bytes == 4 else pack // 2
     if extra:
         limit //= 2
     # Where elements are loaded one by one (a 7 × 7 plane), so are their addresses held.
@@ -304,6 +304,8 @@ def ticketed(
     window = limits.window or device.window
     if limits.engine == "ticketed":
         window = max(window, 1 << 40)
+    if vector(layout, itemsize) == 1 or itemsize == 4:  # see whole_groups; and tiles are counted in bytes of bf16
+        elements, per_warp = elements // 2, per_warp // 2
     for narrower in range(4):
         tile = stream(layout, itemsize, acc_bytes, elements, per_warp)
         if long_rows(layout):
@@ -316,7 +318,9 @@ def ticketed(
             tile = replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
         elif narrower:
             break
-        unit = min(tile.columns // tile.fold, layout.groups) * layout.group * itemsize * streams
+        # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
+        side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
+        unit = side // tile.fold * layout.group * itemsize * streams
         if 4 * unit > 3 * window:  # statistics must run ahead by more than a unit
             continue
         return _tickets(layout, tile, unit, window, limits, device)
