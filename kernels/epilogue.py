@@ -3,14 +3,14 @@
 import triton
 import triton.language as tl
 
-from .tile import load, offsets, store
+from .tile import ANY, load, offsets, store
 
 
 @triton.jit
 def read_input(
     x_ptr, pre_ptr, sum_ptr, at, mask,
     SPACE: tl.constexpr, X: tl.constexpr, PRE: tl.constexpr, SUM: tl.constexpr, ACC: tl.constexpr,
-    KEEP: tl.constexpr = "",
+    KEEP: tl.constexpr = ANY,
 ):  # fmt: skip
     """x, or x + pre_add rounded to (and stored in) the type of the sum, so that the backward sees the same numbers."""
     if pre_ptr is None:
@@ -36,7 +36,7 @@ def affine(xhat, w_ptr, b_ptr, at, mask, SPACE: tl.constexpr, W: tl.constexpr, A
 def write_output(
     xhat, w_ptr, b_ptr, post_ptr, y_ptr, at, wmask, mask,
     SPACE: tl.constexpr, W: tl.constexpr, POST: tl.constexpr, Y: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
-    KEEP: tl.constexpr = "",
+    KEEP: tl.constexpr = ANY,
 ):  # fmt: skip
     """y = act(xhat * w + b + post)"""
     z = affine(xhat, w_ptr, b_ptr, at, wmask, SPACE, W, ACC)
@@ -49,7 +49,7 @@ def write_output(
 def read_gradient(
     x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean, rstd, at, wmask, mask,
     SPACE: tl.constexpr, X: tl.constexpr, DY: tl.constexpr, W: tl.constexpr, POST: tl.constexpr,
-    ACT_GRAD: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr = "",
+    ACT_GRAD: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr = ANY,
 ):  # fmt: skip
     """xhat and g = dy * act'(z); z is computed again. Lanes outside hold g = 0, so that sums of g need no mask."""
     x = load(x_ptr, offsets(at, SPACE, X), mask, ACC, KEEP)
@@ -67,7 +67,7 @@ def read_gradient(
 def write_gradient(
     xhat, g, c1, c0, rstd, w_ptr, dsum_ptr, dx_ptr, dpost_ptr, at, wmask, mask,
     SPACE: tl.constexpr, W: tl.constexpr, DSUM: tl.constexpr, DX: tl.constexpr, DPOST: tl.constexpr, ACC: tl.constexpr,
-    KEEP: tl.constexpr = "",
+    KEEP: tl.constexpr = ANY,
 ):  # fmt: skip
     """dx = rstd * (w * g - xhat * c1 - c0) + dsum; dpost = g"""
     if dpost_ptr is not None:

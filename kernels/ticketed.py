@@ -17,6 +17,8 @@ from .finish import chunk_size, merge_group, merge_moments, merge_sums
 from .forward import centred, finish_moments
 from .tickets import FIRST_STATE, arrive, draw, leave, publish, turn, wait
 from .tile import (
+    EVICT_FIRST,
+    EVICT_LAST,
     by_group,
     extent,
     first_columns,
@@ -51,7 +53,7 @@ def statistics_phase(
     chunks = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A) * chunks_s
     chunk = block_a * chunks_s + chunk_s
 
-    x = read_input(x_ptr, pre_ptr, sum_ptr, (m, c, a, s), mask, SPACE, X, PRE, SUM, ACC, "evict_last")
+    x = read_input(x_ptr, pre_ptr, sum_ptr, (m, c, a, s), mask, SPACE, X, PRE, SUM, ACC, EVICT_LAST)
     n_tile = chunk_size(chunk, chunks_s, 1, SPACE, N0, BLOCK_A, BLOCK_S, FOLD, ACC)
     mean, x = centred(x, mask, n_tile, CENTER, BLOCK_K, FOLD)
     first = first_columns(m, c, mk, ALONG_M, FOLD)
@@ -116,18 +118,18 @@ def apply_phase(
     at = (m, c, a, s)
     mask = mk & ma & ms
     if sum_ptr is None:
-        raw = load(x_ptr, offsets(at, SPACE, X), mask, x_ptr.dtype.element_ty, "evict_first")
+        raw = load(x_ptr, offsets(at, SPACE, X), mask, x_ptr.dtype.element_ty, EVICT_FIRST)
         wait(state_ptr, arrivals)
     else:  # the sum was written by a program of this launch: not to be read before
         wait(state_ptr, arrivals)
-        raw = load(sum_ptr, offsets(at, SPACE, SUM), mask, sum_ptr.dtype.element_ty, "evict_first")
+        raw = load(sum_ptr, offsets(at, SPACE, SUM), mask, sum_ptr.dtype.element_ty, EVICT_FIRST)
     x = raw.to(ACC)  # only now: while it waits, a program holds half the registers
     o = offsets((m, c, 0, 0), SPACE, STAT)
     if mean_ptr is not None:
         x = x - load_shared(mean_ptr, o, mk)
     xhat = x * load_shared(rstd_ptr, o, mk)
     wmask = ma if ALONG_M else mk & ma
-    write_output(xhat, w_ptr, b_ptr, post_ptr, y_ptr, at, wmask, mask, SPACE, W, POST, Y, ACT, ACC, "evict_first")
+    write_output(xhat, w_ptr, b_ptr, post_ptr, y_ptr, at, wmask, mask, SPACE, W, POST, Y, ACT, ACC, EVICT_FIRST)
     leave(state_ptr, arrivals, tiles)
 
 
@@ -276,19 +278,19 @@ def grad_ticketed(
     if applies:
         xhat, g = read_gradient(
             x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean, rstd, at, wmask, mask, SPACE, X, DY, W, POST, ACT_GRAD, ACC,
-            "evict_first",
+            EVICT_FIRST,
         )  # fmt: skip
         wait(state_ptr, arrivals)
         c1, c0 = given_sums(c1_ptr, c0_ptr, m, c, mk, SPACE, STAT)
         write_gradient(
             xhat, g, c1, c0, rstd, w_ptr, dsum_ptr, dx_ptr, dpost_ptr, at, wmask, mask,
-            SPACE, W, DSUM, DX, DPOST, ACC, "evict_first",
+            SPACE, W, DSUM, DX, DPOST, ACC, EVICT_FIRST,
         )  # fmt: skip
         leave(state_ptr, arrivals, tiles)
     else:
         xh, gr = read_gradient(
             x_ptr, dy_ptr, w_ptr, b_ptr, post_ptr, mean, rstd, at, wmask, mask, SPACE, X, DY, W, POST, ACT_GRAD, ACC,
-            "evict_last",
+            EVICT_LAST,
         )  # fmt: skip
         units = tl.num_programs(0) // 2 // tiles
         grad_statistics_phase(

@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+# Hints to L2: to hold what is read or written for a second read, to drop it after the last one, none.
+EVICT_LAST = tl.constexpr("evict_last")
+EVICT_FIRST = tl.constexpr("evict_first")
+ANY = tl.constexpr("")
+
 
 @triton.jit
 def extent(SPACE: tl.constexpr, AXIS: tl.constexpr, N0):
@@ -156,10 +161,10 @@ def reduced_s(start, SPACE: tl.constexpr, N0, BLOCK_S: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def load(ptr, o, mask, ACC: tl.constexpr, KEEP: tl.constexpr = ""):
+def load(ptr, o, mask, ACC: tl.constexpr, KEEP: tl.constexpr = ANY):
     """Elements at offsets o, 0 outside the mask; o may be smaller than the mask where the operand does not vary.
 
-    KEEP: "evict_last" where L2 should hold them for a second read, "evict_first" at the last one.
+    KEEP: EVICT_LAST, EVICT_FIRST or ANY.
     """
     p, m = tl.broadcast(ptr + o, mask)
     return tl.load(p, mask=m, other=0.0, eviction_policy=KEEP).to(ACC)
@@ -172,7 +177,7 @@ def load_shared(ptr, o, mask):
 
 
 @triton.jit
-def store(ptr, o, value, mask, KEEP: tl.constexpr = ""):
+def store(ptr, o, value, mask, KEEP: tl.constexpr = ANY):
     p, m = tl.broadcast(ptr + o, mask)
     tl.store(p, value.to(ptr.dtype.element_ty), mask=m, eviction_policy=KEEP)
 

@@ -7,7 +7,7 @@ BLOCK_S] the lanes that a mask lets through add up to the extent, and where ther
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import ceil, prod
+from math import prod
 from typing import Any, NamedTuple
 
 from .kernels import backward as kb
@@ -60,6 +60,7 @@ class Counted:
         self.itemsizes = itemsizes
         n_m, self.n_c, self.n_a, self.n_s = (prod(n or self["N0"] for n in sizes) for sizes in self["SPACE"])
         self.points = n_m * self.n_c
+        self.along = n_m if self.given.get("ALONG_M") else self.n_c
         """Points of the kept coordinates; a fold makes a group of several."""
         self.per, self.block, self.group_lanes, shared = self.given.get("FOLD", (1, 1, 1, False))
         self.per_sum = self.per if shared else 1
@@ -83,9 +84,14 @@ class Counted:
             name = self.pointers[pointer]
             self.again[name] = self.again.get(name, 0) + lanes
 
-    def ahead(self, share: float, lanes: int, *pointers: str) -> None:
-        """A share of these streams is touched before the first of them is read again."""
-        self.between |= {self.pointers[pointer]: ceil(share * lanes) for pointer in pointers if self.has(pointer)}
+    def ahead(self, tiles: _Tiles, *pointers: str) -> None:
+        """What a ticketed launch touches of these streams before it reads the first element again: at most the lanes
+        of `lead` tiles in a row, most of them in whole units."""
+        k, a, s = min(self.block, self.along), min(tiles.a.block, self.n_a), min(tiles.s.block, self.n_s)
+        unit = k * self.n_a * self.n_s
+        units, rest = divmod(self["lead"], tiles.a.tiles * tiles.s.tiles)
+        lanes = min(units * unit + min(rest * k * a * s, unit), tiles.lanes())
+        self.between |= {self.pointers[pointer]: lanes for pointer in pointers if self.has(pointer)}
 
     def store(self, pointer: str, lanes: int) -> None:
         self._add(pointer, Moved(0, lanes))
@@ -264,7 +270,7 @@ def _ticketed(call: Counted) -> None:
     tiles = call.tiles(call["chunks_s"], visits=2)
     units, chunks = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
     blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
-    call.ahead(call["lead"] / (units * chunks), tiles.lanes(), "x_ptr", "pre_ptr", "sum_ptr")
+    call.ahead(tiles, "x_ptr", "pre_ptr", "sum_ptr")
     _words(call, units * chunks, units, units * blocks)
     _read_input(call, tiles)
     for pointer in ("part_mean_ptr", "part_m2_ptr"):
@@ -284,7 +290,7 @@ def _grad_ticketed(call: Counted) -> None:
     chunks = each if call["ROWS"] else tiles.s.tiles
     blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
     streams = ("x_ptr", "dy_ptr", "post_ptr") if call["ACT_GRAD"] is not None else ("x_ptr", "dy_ptr")
-    call.ahead(call["lead"] / (units * each), tiles.lanes(), *streams)
+    call.ahead(tiles, *streams)
     _words(call, units * each, units, units * blocks)
     _read_gradient(call, tiles)
     if call["ROWS"]:

@@ -119,3 +119,16 @@ def test_no_kernel_is_named_after_a_norm(path: Path) -> None:
 
 def test_something_was_read() -> None:
     assert MODULES and KERNELS
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+def test_kernels_pass_no_bare_strings(path: Path) -> None:
+    """Before Triton 3.7 a jit function takes strings only as constexpr values with a name, and as defaults not at all."""
+    values: list[ast.expr] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) != "tl.constexpr":
+            values += node.args
+        if isinstance(node, ast.FunctionDef):
+            values += node.args.defaults
+    bare = [v for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
+    assert not bare, [(v.lineno, v.value) for v in bare]

@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from normops import cost, launch, schedule
 from normops import functional as F
-from normops import launch, schedule
-from normops.testing import traffic
+from normops.testing import plans, traffic
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
 
@@ -61,6 +61,8 @@ CASES = [
     pytest.param(layer_norm, 3, CONTIGUOUS, id="LayerNorm"),
     pytest.param(rms_norm, 3, CONTIGUOUS, id="RMSNorm"),
 ]
+TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "fan": 2, "rows": 2, "grad_rows": 2, "ahead": 0,
+           "line_bytes": 16}  # fmt: skip
 SPLIT = {"engine": "split", "tile": 64, "grad_tile": 64}
 
 
@@ -116,6 +118,44 @@ def test_a_split_group_is_read_twice(norm: Norm, axis: int, fmt: Any, affine: bo
     assert (t.stores["x"], t.stores["dy"]) == (0, 0)
     assert t.bytes_of(dx) == (0, dx.nbytes)
     assert t.atomics == 0
+
+
+@pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
+@pytest.mark.parametrize(("norm", "axis", "fmt"), CASES)
+def test_a_ticketed_group_is_read_again_inside_its_window(norm: Norm, axis: int, fmt: Any, affine: bool) -> None:
+    """One launch (and a finish of dw and db); the second read comes no later than the plan says."""
+    x, dy = tensor(fmt).requires_grad_(), tensor(fmt)
+    w, b = parameters(axis, affine)
+    with schedule.forced(engine="ticketed", **TICKETS), plans() as planned:
+        with traffic(x=x) as t:
+            y = norm(x, w, b)
+        assert t.loads["x"] == 2 * x.nbytes and t.stores["x"] == 0
+        assert t.bytes_of(y) == (0, y.nbytes)
+        assert t.launches == 1
+        with traffic(x=x, dy=dy) as back:
+            dx, *_ = gradients(y, [x, w, b], dy)
+    forward, backward = (cost.hbm(p.plan, p.itemsizes, 2**40).window for p in planned)
+    assert [p.plan.engine for p in planned] == ["ticketed", "ticketed"]
+    assert 0 < t.reuse_distance(x) <= forward <= x.nbytes
+    assert (back.loads["x"], back.loads["dy"]) == (2 * x.nbytes, 2 * dy.nbytes)
+    assert (back.stores["x"], back.stores["dy"]) == (0, 0)
+    assert back.bytes_of(dx) == (0, dx.nbytes)
+    assert back.launches <= 2
+    assert 0 < back.reuse_distance(x) == back.reuse_distance(dy) <= backward // 2
+
+
+def test_the_window_is_what_goes_by_between_two_reads() -> None:
+    """Many units, whole tiles: the plan's figure is the interpreter's to the byte, far below the size of x."""
+    x = torch.randn(8, 16, 16, 16)
+    for fmt in (CONTIGUOUS, CHANNELS_LAST):
+        leaf = x.contiguous(memory_format=fmt).requires_grad_()
+        with schedule.forced(engine="ticketed", **TICKETS | {"ticket_tile": 512, "grad_ticket_tile": 256}):
+            with plans() as planned, traffic(x=leaf) as t:
+                y = batch_norm(leaf, None, None)
+            with plans() as back, traffic(x=leaf) as g:
+                torch.autograd.grad(y, leaf, torch.randn_like(x).contiguous(memory_format=fmt))
+        for (call,), distance, streams in ((planned, t.reuse_distance(leaf), 1), (back, g.reuse_distance(leaf), 2)):
+            assert streams * distance == cost.hbm(call.plan, call.itemsizes, 2**40).window < streams * leaf.nbytes / 2
 
 
 @pytest.mark.parametrize(("norm", "axis", "fmt"), CASES)
