@@ -121,9 +121,9 @@ def test_something_was_read() -> None:
     assert MODULES and KERNELS
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in KERNELS if p.stem != "__init__"], ids=lambda p: p.stem)
 def test_kernels_pass_no_bare_strings(path: Path) -> None:
-    """Before Triton 3.7 a jit function takes strings only as constexpr values with a name, and as defaults not at all."""
+    """Before Triton 3.7 a jit function takes strings only as constexpr values that have a name."""
     values: list[ast.expr] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) != "tl.constexpr":
