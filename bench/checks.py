@@ -17,7 +17,7 @@ from .shell import Shell
 from .timing import Job, Row, check, own
 from .verify import schedule_of, shape_of, verify_one
 
-WAITING = frozenset({"ticketed", "grad_ticketed"})
+WAITING = frozenset({"ticketed", "grad_ticketed", "cooperative", "grad_cooperative"})
 """Names of kernels that wait for other programs of their launch."""
 REPEATS, REPEATS_WAITING = 50, 1000
 """Runs that must give the same bits; a kernel that waits can race, and rare orders show only in many."""

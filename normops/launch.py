@@ -146,6 +146,11 @@ class Step:
         return found
 
     def _bind(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> None:
+        if INTERPRETED and any("launch_cooperative_grid" in launch.options for launch in self.plan.launches):
+            raise RuntimeError(
+                "the engine 'cooperative' has programs that wait for one another, and Triton's interpreter runs them "
+                "one after the other: run it on a GPU, or race its launches (normops.testing.race)"
+            )
         operands = self.operands(tensors, scalars)
         kernels = [
             launch.kernel[(launch.grid,)](
@@ -154,6 +159,7 @@ class Step:
                 **launch.constants,
                 num_warps=launch.num_warps,
                 enable_fp_fusion=True,  # the default so far; Triton 3.9 announces another
+                **launch.options,
             )
             for launch in self.plan.launches
         ]

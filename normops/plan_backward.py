@@ -1,4 +1,5 @@
-"""The launches of a backward call: resident, ticketed, split, or what is left without a gradient of statistics or x."""
+"""The launches of a backward call: resident, ticketed, cooperative (if forced), split, or what is left without a
+gradient of statistics or x."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from .kernels import finish as kf
 from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
+from .plan_cooperative import Together, plan_gradient, together
 from .schedule import Device, Limits, Tickets, Tile
 
 Needs = tuple[bool, bool, bool, bool]
@@ -101,6 +103,10 @@ class _Backward:
         if tickets is not None:
             self.ticketed(tickets)
             return self.plan("ticketed", tickets.words)
+        found = self.together() if engine == "cooperative" else None
+        if found is not None:
+            self.cooperative(found)
+            return self.plan("cooperative", found.words)
         self.split()
         return self.plan("split")
 
@@ -147,6 +153,25 @@ class _Backward:
         ))  # fmt: skip
         if not direct and any(totals):
             self.finish_affine(totals, m_blocks)
+
+    def together(self) -> Together | None:
+        if self.along_rows and self.n_c > 1:
+            return None  # a program would add up dw and db of several c
+        return together(
+            self.layout, self.itemsize, self.acc_bytes, self.limits.grad_cooperative_tile, self.grad is not None,
+            self.limits.rows, self.device,
+        )  # fmt: skip
+
+    def cooperative(self, found: Together) -> None:
+        totals = self.asked("t1", "t0")
+        launch, scratch, rows = plan_gradient(
+            self.layout, found, self.spec.center, self.along_rows, self.n_m, self.columns, READS, totals,
+            {**self.common, **self.streams},
+        )  # fmt: skip
+        self.launches.append(launch)
+        self.scratch |= dict(scratch)
+        if any(totals):
+            self.finish_affine(totals, rows)
 
     def split(self) -> None:
         if self.along_rows:

@@ -1,4 +1,4 @@
-"""The launches of a forward call: resident, ticketed, split, or apply alone."""
+"""The launches of a forward call: resident, ticketed, cooperative (if forced), split, or apply alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .layout import Layout
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
+from .plan_cooperative import Together, plan_normalize, together
 from .schedule import Device, Limits, Tickets, Tile
 
 
@@ -30,6 +31,9 @@ def plan_forward(
     tickets = planner.tickets()
     if tickets is not None:
         return planner.ticketed(tickets)
+    found = planner.together()
+    if found is not None:
+        return planner.cooperative(found)
     return planner.split()
 
 
@@ -122,6 +126,22 @@ class _Forward:
             tile.warps,
         )  # fmt: skip
         return self.plan("ticketed", (launch,), self.partials(tickets.rows(tickets.tiles)), tickets.words)
+
+    # Cooperative
+
+    def together(self) -> Together | None:
+        if self.limits.engine != "cooperative":
+            return None
+        return together(
+            self.layout, self.itemsize, self.acc_bytes, self.limits.cooperative_tile,
+            self.operands["POST"] is not ABSENT or (self.layout.fold > 1 and self.spec.activation != "identity"),
+            self.limits.rows, self.device,
+        )  # fmt: skip
+
+    def cooperative(self, found: Together) -> Plan:
+        constants = {**self.moments(self.layout), **self.inputs, **self.out}
+        launch, scratch = plan_normalize(self.layout, found, self.spec.center, constants)
+        return self.plan("cooperative", (launch,), scratch, found.words)
 
     # Split
 

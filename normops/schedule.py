@@ -72,6 +72,9 @@ class Limits:
     grad_ticket_tile: int = 4096
     # Bytes that a ticketed launch may read before it comes back to the first of them; 0: Device.window.
     window: int = 0
+    # 64 values of x a thread of a cooperative launch, or 32 of x and of dy: what lives beside them fits 128 registers.
+    cooperative_tile: int = 16384
+    grad_cooperative_tile: int = 8192
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
     # so that what a program waits for was begun a whole generation of programs before.
     ahead: int = 4
@@ -85,7 +88,7 @@ class Limits:
     warps_per_sm: int = 16
 
 
-ENGINES = ("resident", "ticketed", "split")
+ENGINES = ("resident", "ticketed", "split", "cooperative")
 _limits = Limits()
 
 

@@ -7,33 +7,25 @@
 
 from __future__ import annotations
 
-import ctypes
-import inspect
 import math
 import mmap
 import multiprocessing
 import os
-import random
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 from triton.runtime import interpreter
 
 from ..compiled import INTERPRETED
+from .processes import Executor, Jitter, Memory, Programs, patch_interpreter, patch_once, tensors_in
 
 ORDERS = ("shuffled", "launch")
-_WAITING = 50e-6
-"""Seconds that a process sleeps where a program reads one address again and again."""
-_PAUSES = (-6.0, -2.5)
-"""Decimal logarithms of the shortest and of the longest pause, in seconds."""
 _START = 60.0
 """Seconds that processes have to start, at least: it is not the kernel's time."""
 _LISTED = 12
@@ -50,62 +42,6 @@ class Race(NamedTuple):
     """Programs that each process ran, over all launches."""
     together: int
     """Programs that had begun and not ended at one time, at most."""
-
-
-def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in an argument: in tuples, tensor descriptors and reinterpreted tensors, too."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, tuple | list):
-        for i, part in enumerate(value):
-            yield from _tensors(f"{name}[{i}]", part)
-    elif isinstance(getattr(value, "base", None), Tensor):
-        yield name, value.base
-
-
-class _Memory:
-    """The storages of all tensors, each once, in memory that forked processes share.
-
-    They are copied: share_memory_() would free the memory under numpy's views of a tensor, and needs room in /dev/shm.
-    """
-
-    def __init__(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        self._tensors = [t for _, t in tensors if t.untyped_storage().nbytes()]
-        self._shared: dict[int, Tensor] = {}
-        spans: dict[int, tuple[int, str]] = {}
-        for name, t in tensors:
-            if t.device.type != "cpu":
-                raise ValueError(f"{name} must be on the CPU, where the processes run; got {t.device}")
-            storage = t.untyped_storage()
-            if storage.nbytes():
-                spans.setdefault(storage.data_ptr(), (storage.data_ptr() + storage.nbytes(), name))
-        end, before = 0, ""
-        for start, (stop, name) in sorted(spans.items()):
-            if start < end:
-                raise ValueError(f"{before} and {name} overlap and must then be views of one storage; got two storages")
-            end, before = stop, name
-            self._shared[start] = torch.frombuffer(mmap.mmap(-1, stop - start), dtype=torch.uint8)
-        self.load()
-
-    def load(self) -> None:
-        """From the caller's tensors."""
-        for address, shared in self._shared.items():
-            ctypes.memmove(shared.data_ptr(), address, shared.nbytes)
-
-    def store(self) -> None:
-        """To the caller's tensors."""
-        for address, shared in self._shared.items():
-            ctypes.memmove(address, shared.data_ptr(), shared.nbytes)
-
-    def adopt(self) -> None:
-        """Have the tensors themselves lie in shared memory: in a process of the race, where they are its own copies."""
-        moved = []
-        for t in self._tensors:
-            storage = self._shared[t.untyped_storage().data_ptr()].untyped_storage()
-            there = torch.empty(0, dtype=t.dtype).set_(storage, t.storage_offset(), t.size(), t.stride())
-            moved.append((t, there))
-        for t, there in moved:
-            t.data = there
 
 
 class _Board:
@@ -143,104 +79,11 @@ class _Board:
         return int(found[0]) if found.size else None
 
 
-class _Jitter:
-    """Pauses before accesses to memory, and gives the core away where a program waits."""
-
-    def __init__(self, probability: float, seed: str) -> None:
-        self._probability = probability
-        self._random = random.Random(seed)
-        self._parent = os.getppid()
-        self._last: int | None = None
-
-    def __call__(self, ptr: Any = None, atomic: bool = False) -> None:
-        if os.getppid() != self._parent:  # the caller was killed: a program that waits would outlive it
-            os._exit(1)
-        address = int(ptr.data.flat[0]) if ptr is not None and ptr.data.size == 1 else None
-        if self._random.random() < self._probability:
-            time.sleep(10 ** self._random.uniform(*_PAUSES))
-        elif address is not None and address == self._last:
-            time.sleep(_WAITING)
-        elif atomic:
-            os.sched_yield()
-        self._last = address
-
-
-def _lane_by_lane(original: Callable[..., Any], lock: Any) -> Callable[..., Any]:
-    """An atomic operation as many, each under a lock: the lanes of a block are not atomic together on a GPU either."""
-
-    def method(self: Any, *args: Any) -> Any:
-        handle = interpreter.TensorHandle
-        shape = next(a for a in args if isinstance(a, handle)).data.shape
-        flat = [np.broadcast_to(a.data, shape).ravel() if isinstance(a, handle) else None for a in args]
-        results = []
-        for i in range(math.prod(shape)):
-            lane = [
-                a if values is None else handle(values[i : i + 1].copy(), a.dtype)
-                for a, values in zip(args, flat, strict=True)
-            ]
-            with lock:
-                results.append(original(self, *lane))
-        if not results or results[0] is None:
-            return None
-        return handle(np.concatenate([r.data for r in results]).reshape(shape), results[0].dtype)
-
-    return method
-
-
-def _patch(jitter: _Jitter, lock: Any) -> None:
-    """Jitter before every access; atomics of less than 32 bits made atomic between processes.
-
-    The interpreter's atomics are the machine's, hence atomic between processes, but for float16: that sum is guarded by
-    a mutex of the process.  All narrow ones take the lock, so that different operations on one address exclude each
-    other.
-    """
-    builder = interpreter.InterpreterBuilder
-
-    def patch(name: str, place: int, atomic: bool) -> None:
-        original = getattr(builder, name, None)
-        if original is None:  # not in this version of Triton
-            return
-        guarded = _lane_by_lane(original, lock)
-
-        def method(self: Any, *args: Any) -> Any:
-            ptr = args[place]
-            jitter(ptr, atomic)
-            narrow = atomic and ptr.get_element_ty().primitive_bitwidth < 32
-            return (guarded if narrow else original)(self, *args)
-
-        setattr(builder, name, method)
-
-    # The interpreter's unmasked create_load and create_store, the tensor descriptors and, from Triton 3.9 on,
-    # create_atomic_load and create_atomic_poll come down to the masked ones.
-    patch("create_masked_load", 0, atomic=False)
-    patch("create_masked_store", 0, atomic=False)
-    patch("create_atomic_rmw", 1, atomic=True)
-    patch("create_atomic_cas", 0, atomic=True)
-    patch("create_atomic_store", 0, atomic=True)
-
-
-class _Programs:
-    """Stands where the interpreter expects a kernel's function: called once, it runs programs until told to end."""
-
-    def __init__(self, function: Any, run: Callable[[Callable[[], Any]], None]) -> None:
-        self.__name__, self.__annotations__ = function.__name__, function.__annotations__
-        self.__globals__, self.__signature__ = function.__globals__, inspect.signature(function)
-        self._function, self._run = function, run
-
-    def __call__(self, **arguments: Any) -> None:
-        self._run(lambda: self._function(**arguments))
-
-
-class _Executor(interpreter.GridExecutor):
-    def _restore_args_dev(self, *_: Any) -> None:
-        """Nothing to copy back."""
-
-
 class _Team:
     """The processes of a race, and the launches that they run."""
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], kwargs: Mapping[str, Any], memory: _Memory,
+        self, kernel: Any, grid: tuple[int, ...], args: Sequence[Any], kwargs: Mapping[str, Any], memory: Memory,
         processes: int, seed: int, order: str, jitter: float, timeout: float,
     ) -> None:  # fmt: skip
         context = multiprocessing.get_context("fork")
@@ -279,17 +122,18 @@ class _Team:
             if i != me:
                 theirs.close()
         signal.signal(signal.SIGUSR1, lambda _, frame: self._tell(link, frame))
-        jitter = _Jitter(self._jitter, f"{self._seed} {me}")
+        jitter = Jitter(self._jitter, f"{self._seed} {me}")
         try:
             self._memory.adopt()
-            _patch(jitter, self._lock)
-            programs = _Programs(self._function, lambda program: self._serve(me, link, jitter, program))
-            _Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
+            patch_interpreter(jitter, self._lock)
+            patch_once()
+            programs = Programs(self._function, lambda program: self._serve(me, link, jitter, program))
+            Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
         except BaseException:
             with suppress(BrokenPipeError):
                 link.send(traceback.format_exc())
 
-    def _serve(self, me: int, link: Connection, jitter: _Jitter, program: Callable[[], Any]) -> None:
+    def _serve(self, me: int, link: Connection, jitter: Jitter, program: Callable[[], Any]) -> None:
         builder = interpreter.interpreter_builder
         dims = (*self._grid, 1, 1)[:3]
         builder.set_grid_dim(*dims)
@@ -434,9 +278,10 @@ def race(
     of them, ``between(n)`` is called by the caller's process, n being the number of launches so far: to check that
     counters are back at zero, or to overwrite outputs, in the tensors themselves.  What it raises ends the race.
 
-    Before an access to memory, a program pauses with probability ``jitter``, for 1 µs to 3 ms; ``seed`` chooses the
-    order and the pauses.  It does not choose the interleaving, which is the machine's: what was found once may need
-    more launches to be found again, and what was not found may be there.
+    Before an access to memory, a program pauses with probability ``jitter``, for 1 µs to 30 ms, and more often (with
+    its square root) where the access before was atomic; ``seed`` chooses the order and the pauses.  It does not choose
+    the interleaving, which is the machine's: what was found once may need more launches to be found again, and what was
+    not found may be there.
 
     It finds what goes wrong in some order of the accesses as programs make them: waiting for a program that has not
     begun, reliance on launch order, counters that lose arrivals or are left behind, a result that is read before it is
@@ -455,7 +300,7 @@ def race(
     kwargs = dict(kwargs or {})
     names = [*kernel.arg_names, *(f"argument {i}" for i in range(len(kernel.arg_names), len(args)))]
     named = [*zip(names, args, strict=False), *kwargs.items()]
-    memory = _Memory([found for name, value in named for found in _tensors(name, value)])
+    memory = Memory([found for name, value in named for found in tensors_in(name, value)])
     team = _Team(kernel, dims, args, kwargs, memory, processes, seed, order, jitter, timeout)
     share = np.zeros(processes, dtype=np.int64)
     try:
