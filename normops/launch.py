@@ -13,6 +13,7 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from . import compiled, counters, schedule
@@ -151,6 +152,9 @@ class Step:
                 "the engine 'cooperative' has programs that wait for one another, and Triton's interpreter runs them "
                 "one after the other: run it on a GPU, or race its launches (normops.testing.race)"
             )
+        clustered = any("num_ctas" in launch.options for launch in self.plan.launches)
+        if clustered and not (INTERPRETED or compiled.CLUSTERS):
+            raise RuntimeError(f"the engine 'cluster' needs Triton 3.9 or newer, got {triton.__version__}")
         operands = self.operands(tensors, scalars)
         kernels = [
             launch.kernel[(launch.grid,)](

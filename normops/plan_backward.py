@@ -1,5 +1,5 @@
-"""The launches of a backward call: resident, ticketed, cooperative (if forced), split, or what is left without a
-gradient of statistics or x."""
+"""The launches of a backward call: resident, ticketed, split, or what is left without a gradient of statistics or x; if
+forced, cluster or cooperative."""
 
 from __future__ import annotations
 
@@ -103,6 +103,12 @@ class _Backward:
         if tickets is not None:
             self.ticketed(tickets)
             return self.plan("ticketed", tickets.words)
+        if engine == "cluster" and self.device.capability >= (9, 0):
+            tile = self.resident_tile(schedule.CLUSTER * self.limits.grad_cluster)
+            if tile is not None:
+                tile, programs = schedule.clustered(tile, self.limits.grad_cluster, 512)
+                self.walk(tile, NONE, programs)
+                return self.plan("cluster")
         found = self.together() if engine == "cooperative" else None
         if found is not None:
             self.cooperative(found)
@@ -110,9 +116,10 @@ class _Backward:
         self.split()
         return self.plan("split")
 
-    def resident_tile(self) -> Tile | None:
+    def resident_tile(self, most_elements: int = 0) -> Tile | None:
         limits = self.limits
         limit = limits.backward_affine if self.along_rows and (self.dw or self.db) else limits.backward
+        limit = most_elements or limit
         # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
         most = 16 if self.grad is None else 8
         return schedule.whole_groups(
@@ -189,8 +196,8 @@ class _Backward:
 
     # Launches
 
-    def walk(self, tile: Tile, sums: Names) -> None:
-        """grad_normalize; a single part writes dw and db at once."""
+    def walk(self, tile: Tile, sums: Names, programs: int = 1) -> None:
+        """grad_normalize; a single part writes dw and db at once.  programs: of a cluster that share a tile."""
         count, steps = schedule.parts(self.layout, tile, self.device)
         direct = count == 1
         names = self.asked("dw", "db") if direct else self.asked("t1", "t0")
@@ -200,7 +207,7 @@ class _Backward:
             kb.grad_normalize, blocks * count, (*READS, *sums, *WRITES, *names), (self.layout.outer, steps),
             {**self.common, **self.streams, **kernel_tile(tile, self.layout), "CENTER": self.spec.center,
              "DIRECT": direct},
-            tile.warps,
+            tile.warps, {"num_ctas": programs} if programs > 1 else {},
         ))  # fmt: skip
         if not direct and any(names):
             self.take(names, (count * self.columns,) * 2)

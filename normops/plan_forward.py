@@ -1,4 +1,4 @@
-"""The launches of a forward call: resident, ticketed, cooperative (if forced), split, or apply alone."""
+"""The launches of a forward call: resident, ticketed, split, apply alone; if forced, cluster or cooperative."""
 
 from __future__ import annotations
 
@@ -28,6 +28,9 @@ def plan_forward(
     tile = planner.resident_tile()
     if tile is not None:
         return planner.plan("resident", (planner.normalize(tile),))
+    cluster = planner.cluster()
+    if cluster is not None:
+        return planner.plan("cluster", (cluster,))
     tickets = planner.tickets()
     if tickets is not None:
         return planner.ticketed(tickets)
@@ -91,12 +94,27 @@ class _Forward:
                 return None
         return tile
 
-    def normalize(self, tile: Tile) -> Launch:
+    def cluster(self) -> Launch | None:
+        """An experiment: the resident kernel, its tile spread over programs that reduce together."""
+        limits = self.limits
+        if limits.engine != "cluster" or self.device.capability < (9, 0):
+            return None
+        tile = schedule.whole_groups(
+            self.layout, self.itemsize, self.acc_bytes, schedule.CLUSTER * limits.cluster, limits.tile, 1024,
+            self.operands["POST"] is not ABSENT,
+        )  # fmt: skip
+        if tile is None:
+            return None
+        tile, programs = schedule.clustered(tile, limits.cluster, 1024)
+        return self.normalize(tile, {"num_ctas": programs} if programs > 1 else {})
+
+    def normalize(self, tile: Tile, options: dict[str, Any] | None = None) -> Launch:
         return Launch(
             kw.normalize, kept_blocks(self.layout, tile.along_m, tile.columns),
             ("x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "running_mean", "running_var"),
             (self.layout.outer, "eps", "momentum"),
             {**self.moments(self.layout), **self.inputs, **self.out, **kernel_tile(tile, self.layout)}, tile.warps,
+            options or {},
         )  # fmt: skip
 
     # Ticketed

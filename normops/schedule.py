@@ -75,6 +75,9 @@ class Limits:
     # 64 values of x a thread of a cooperative launch, or 32 of x and of dy: what lives beside them fits 128 registers.
     cooperative_tile: int = 16384
     grad_cooperative_tile: int = 8192
+    # Elements of one program of a cluster of them, as many as a resident program of 8 or 16 warps holds.
+    cluster: int = 16384
+    grad_cluster: int = 8192
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
     # so that what a program waits for was begun a whole generation of programs before.
     ahead: int = 4
@@ -88,7 +91,7 @@ class Limits:
     warps_per_sm: int = 16
 
 
-ENGINES = ("resident", "ticketed", "split", "cooperative")
+ENGINES = ("resident", "ticketed", "split", "cooperative", "cluster")
 _limits = Limits()
 
 
@@ -173,6 +176,16 @@ def vector(layout: Layout, itemsize: int) -> int:
     if inner is None:
         return 1
     return gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in layout.runs[:-1]))
+
+
+CLUSTER = 8
+"""Programs of a cluster at most: what every device of compute capability 9.0 or higher grants."""
+
+
+def clustered(tile: Tile, each: int, per_warp: int) -> tuple[Tile, int]:
+    """A tile of whole groups for several programs that reduce together, and how many: of `each` elements at most."""
+    programs = next_power_of_2(-(-tile.elements // each))
+    return replace(tile, warps=warps(tile.elements // programs, per_warp)), programs
 
 
 def column_blocks(layout: Layout, itemsize: int) -> list[tuple[int, int]]:

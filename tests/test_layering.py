@@ -45,7 +45,7 @@ ONLY = {
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {
-        "torch", ".compiled", ".checks", ".counters", ".layout", ".plan", ".plan_forward", ".plan_backward",
+        "torch", "triton", ".compiled", ".checks", ".counters", ".layout", ".plan", ".plan_forward", ".plan_backward",
         ".schedule",
     },
 }
