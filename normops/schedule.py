@@ -48,7 +48,8 @@ KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI3
 class Limits:
     """Sizes of tiles in elements of 4 accumulator bytes (half as many for fp64)."""
 
-    # The engine that every call takes, whatever the sizes below say: one of ENGINES, or "" for the one that suits.
+    # The engine that every call takes, whatever the sizes below say: one of ENGINES or EXPERIMENTS, or "" for the
+    # one that suits.
     engine: str = ""
     # Two programs of 16384 elements live on one SM, so that one loads while the other stores; and a call of more than
     # 4 MB has as many of them as an H200 has SMs.
@@ -91,7 +92,9 @@ class Limits:
     warps_per_sm: int = 16
 
 
-ENGINES = ("resident", "ticketed", "split", "cooperative", "cluster")
+ENGINES = ("resident", "ticketed", "split")
+EXPERIMENTS = ("cooperative", "cluster")
+"""Engines that a call takes only where they are forced: to be the choice of one, they need measurements."""
 _limits = Limits()
 
 
@@ -103,11 +106,12 @@ def limits() -> Limits:
 def forced(**changes: Any) -> Iterator[None]:
     """Change limits inside a with-block; ``forced(engine="split")`` splits every group.
 
-    Raises ValueError for an engine that is not among ENGINES.
+    Raises ValueError for an engine that is not among ENGINES and EXPERIMENTS.
     """
     global _limits
-    if changes.get("engine", "") not in ("", *ENGINES):
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {changes['engine']!r}")
+    known = (*ENGINES, *EXPERIMENTS)
+    if changes.get("engine", "") not in ("", *known):
+        raise ValueError(f"engine must be one of {', '.join(known)}, got {changes['engine']!r}")
     before, _limits = _limits, replace(_limits, **changes)
     try:
         yield

@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from normops import functional as F
-from normops import launch
+from normops import launch, schedule
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,3 +177,20 @@ def test_what_a_key_holds_makes_another_call(device: torch.device) -> None:
     with pytest.raises(RuntimeError, match="normalized_shape"):
         F.layer_norm(x, (6,), w)
     assert len(launch.calls) == len(variants), "a call that raised was remembered"
+
+
+def test_an_unknown_device_is_planned_for_by_its_properties(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(
+        name="none we know", multi_processor_count=20, major=8, minor=6, L2_cache_size=4 << 20, total_memory=1 << 33
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    launch._properties.cache_clear()
+    try:
+        device = launch.device_facts(torch.device("cuda", 63))
+        assert device == schedule.Device("none we know", 20, (8, 6), 4 << 20)
+        assert 0 < device.window < facts.L2_cache_size
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        launch._properties.cache_clear()
+        assert launch.device_facts(torch.device("cuda", 63)).window == 0, "its dies share no L2: never ticketed"
+    finally:
+        launch._properties.cache_clear()

@@ -220,7 +220,8 @@ def test_nothing_without_times(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_limit_is_asked_about_and_the_engines_first() -> None:
     names = [question.name for question in questions(Limits(), H200)]
     assert names[0] == "engine"
-    unasked = {"engine", "cooperative_tile", "grad_cooperative_tile"}  # sizes of an engine that no call takes by itself
+    # Sizes of engines that no call takes by itself.
+    unasked = {"engine", "cooperative_tile", "grad_cooperative_tile", "cluster", "grad_cluster"}
     assert {*names, *THRESHOLDS} - {"engine"} == set(asdict(Limits())) - unasked
     todo = tasks(chosen(None), "bf16", 0, Limits(), H200, lambda name: True)
     order = [task.question.name for task in todo]

@@ -177,8 +177,6 @@ def test_activations_and_dtypes_count_apart_and_nothing_else_does(found: dict[st
         ("split", "statistics"): statistics, ("split", "finish_statistics"): 1, ("split", "apply"): both,
         ("split", "grad_statistics"): both, ("split", "finish_group"): statistics,
         ("split", "finish_affine"): statistics, ("split", "grad_apply"): both,
-        ("cooperative", "cooperative"): both, ("cooperative", "grad_cooperative"): both,
-        ("cooperative", "finish_affine"): statistics,
     }  # fmt: skip
 
 

@@ -113,8 +113,7 @@ def laid_out(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torc
     return t.permute(order).contiguous().permute(back)
 
 
-ENGINES = ("resident", "ticketed", "split")
-"""Those that calls take by themselves; experiments have tests of their own."""
+ENGINES = schedule.ENGINES
 TINY = {
     "tile": 64, "grad_tile": 64, "ticket_tile": 64, "grad_ticket_tile": 64, "cooperative_tile": 64,
     "grad_cooperative_tile": 64, "fan": 2, "rows": 2, "grad_rows": 2, "ahead": 0,
