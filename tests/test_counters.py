@@ -34,6 +34,7 @@ class Device:
             current_stream=lambda device: SimpleNamespace(cuda_stream=self.stream),
             is_current_stream_capturing=lambda: self.capturing,
             device=lambda device: nullcontext(),
+            current_device=lambda: self.current,
         )  # fmt: skip
 
     @staticmethod
