@@ -379,6 +379,9 @@ def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
     across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
     wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
+    if layout.extent("s") == 1 and tile.columns == 1:
+        # Partial dw and db are 8 bytes a column and part: of two rows each, adding them up reads less than the walk.
+        wanted = min(wanted, -(-blocks // 2))
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each
 

@@ -290,6 +290,14 @@ def test_streams_that_are_not_read_again_take_their_share_of_the_window() -> Non
     assert cost.floor(plan, SIZES) == 4 * tensor + 4 * 4 * c
 
 
+@pytest.mark.parametrize("n", [64, 768, 2048, 3584, 8192, 16384, 65536, 262144])
+def test_the_finish_of_rows_moves_no_more_than_the_walk(n: int) -> None:
+    for rows in (1, 2, 3, 7, 64, 100, 133, 256, 600, 4096, 100_000):
+        plan = planned(ROWS, (1, rows, n), "x", "dy", "dx")
+        moved = [sum(map(sum, launch.values())) for launch in cost.traffic(plan, SIZES)]
+        assert sum(moved[1:]) <= moved[0], (rows, plan.engine, [launch.kernel for launch in plan.launches], moved)
+
+
 def test_a_second_walk_from_the_start_finds_all_or_nothing() -> None:
     plan = split(ROWS, (2, 8, 262144), "x", "dy", "dx")
     tensor, last = 2 * 16 * 262144, plan.launches[-2]
