@@ -198,7 +198,7 @@ class _Backward:
 
     def walk(self, tile: Tile, sums: Names, programs: int = 1) -> None:
         """grad_normalize; a single part writes dw and db at once.  programs: of a cluster that share a tile."""
-        count, steps = schedule.parts(self.layout, tile, self.device)
+        count, steps = schedule.parts(self.layout, tile, self.device, self.dw or self.db)
         direct = count == 1
         names = self.asked("dw", "db") if direct else self.asked("t1", "t0")
         blocks = cdiv(self.layout.extent("c"), 1 if tile.along_m else tile.columns)

@@ -373,15 +373,16 @@ def steps(layout: Layout, tile: Tile) -> int:
     return max(1, -(-tiles * blocks_a // limits().chunks))
 
 
-def parts(layout: Layout, tile: Tile, device: Device) -> tuple[int, int]:
-    """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once."""
+def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tuple[int, int]:
+    """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
+    `sums`: each leaves partial dw or db."""
     across = -(-layout.extent("a") // tile.a)
     across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
     wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
-    if layout.extent("s") == 1 and tile.columns == 1:
-        # Partial dw and db are 8 bytes a column and part: of two rows each, adding them up reads less than the walk.
-        wanted = min(wanted, -(-blocks // 2))
+    if sums and layout.extent("s") == 1:
+        # Partial dw and db are 8 bytes a column and part: of two rows each, adding them up moves less than the walk.
+        wanted = max(1, min(wanted, layout.extent("m") // 2))
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each
 
