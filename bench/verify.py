@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from normops import schedule
+from normops.testing import prepare_once
 
 from . import providers, workers
 from .cases import Case, select
@@ -53,6 +54,7 @@ def verify_one(case: Case, memory_format: torch.memory_format, dtype: torch.dtyp
 
 
 def verify_case(task: tuple[Case, int]) -> list[dict[str, Any]]:
+    prepare_once()
     case, seed = task
     rows = []
     for format_name, memory_format in case.formats.items():

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .tile import rounded
+
 
 @triton.jit
 def reciprocal_root(v):
@@ -25,4 +27,4 @@ def update_running(ptr, i, value, momentum, mask, ACC: tl.constexpr):
     """running[i] = (1 - momentum) * running[i] + momentum * value"""
     old = tl.load(ptr + i, mask=mask, other=0.0).to(ACC)
     f = tl.full((), momentum, ACC)
-    tl.store(ptr + i, (old + f * (value - old)).to(ptr.dtype.element_ty), mask=mask)
+    tl.store(ptr + i, rounded(old + f * (value - old), ptr.dtype.element_ty), mask=mask)

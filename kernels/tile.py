@@ -177,9 +177,17 @@ def load_shared(ptr, o, mask):
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """value in another type; to bfloat16 by way of fp32: the interpreter makes nonsense of fp64."""
+    if value.dtype == tl.float64 and dtype == tl.bfloat16:
+        value = value.to(tl.float32)
+    return value.to(dtype)
+
+
+@triton.jit
 def store(ptr, o, value, mask, KEEP: tl.constexpr = ANY):
     p, m = tl.broadcast(ptr + o, mask)
-    tl.store(p, value.to(ptr.dtype.element_ty), mask=m, eviction_policy=KEEP)
+    tl.store(p, rounded(value, ptr.dtype.element_ty), mask=m, eviction_policy=KEEP)
 
 
 @triton.jit

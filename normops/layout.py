@@ -40,6 +40,8 @@ class Layout:
     """Neighbours along the innermost run, a kept one, that share a mean all the same, see :meth:`folded`."""
     shared: bool = False
     """Whether those share their parameters too."""
+    batch: str = ""
+    """The coordinate of the first axis of x, though its size be 1: what a tile may not depend on, if it is kept."""
 
     @cached_property
     def pattern(self) -> str:
@@ -64,6 +66,11 @@ class Layout:
     def kept(self) -> bool:
         """Whether any axis is kept; a single group has none."""
         return any(not run.reduced for run in self.runs)
+
+    @property
+    def averaged(self) -> bool:
+        """Whether a mean is over the batch, so that there are as many whatever its size."""
+        return self.kept and self.batch in ("a", "s")
 
     @property
     def groups(self) -> int:
@@ -103,7 +110,7 @@ class Layout:
         if len(self.runs) < 3:
             return None
         kept, inner = self.runs[-2:]
-        if kept.reduced or not inner.reduced or self.runs_of(kept.letter) != (kept,):
+        if kept.reduced or not inner.reduced or self.runs_of(kept.letter) != (kept,) or self.batch == kept.letter:
             return None
         shared = inner.letter == "s"
         others = self.extent("s") // (inner.size if shared else 1)
@@ -113,7 +120,7 @@ class Layout:
         if any(kept.strides[o] != inner.size * inner.strides[o] for o in operands):
             return None
         columns = Run(kept.size * inner.size, False, kept.affine, inner.strides)
-        return Layout((*self.runs[:-2], columns), inner.size, shared)
+        return Layout((*self.runs[:-2], columns), inner.size, shared, self.batch)
 
     @property
     def divisors(self) -> tuple[int, int]:
@@ -188,4 +195,5 @@ def coalesce(
             runs[-1] = Run(last.size * run.size, run.reduced, run.affine, run.strides)
         else:
             runs.append(run)
-    return Layout(tuple(runs))
+    first = Run(1, 0 in reduced, 0 in affine, ()).letter
+    return Layout(tuple(runs), batch=first)

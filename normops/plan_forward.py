@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class _Forward:
 
         # 64 elements a thread, beyond 8192: two programs of 8 warps live on an SM where one of 16 would.
         tile = whole(limits.forward, 8)
-        if tile is None and (limits.engine or self.layout.runs[0].reduced):
+        if tile is None and (limits.engine or self.layout.averaged):
             tile = whole(limits.forward_batch, 16)
             blocks = 0 if tile is None else kept_blocks(self.layout, tile.along_m, tile.columns)
             if not limits.engine and not schedule.fills(blocks, self.device):
@@ -171,7 +172,7 @@ class _Forward:
         if self.layout.fold > 1:
             grouped, inputs = self.layout, self.operands
         elif len(runs) > 2 and runs[-1].reduced and not runs[-2].reduced:
-            grouped = Layout((*runs[:-1], runs[-1]._replace(affine=True)))
+            grouped = replace(grouped, runs=(*runs[:-1], runs[-1]._replace(affine=True)))
             names = [name for name, strides in self.shapes.operands if strides is not None]
             inputs = {**inputs, **{name: grouped.operand(i + 1) for i, name in enumerate(names)}}
         tile = schedule.stream(grouped, self.itemsize, self.acc_bytes, self.limits.tile, 1024)

@@ -102,13 +102,25 @@ def limits() -> Limits:
     return _limits
 
 
+_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "cooperative_tile", "grad_cooperative_tile",
+           "rows", "grad_rows")  # fmt: skip
+_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "cluster": 1,
+          "grad_cluster": 1}  # fmt: skip
+
+
 @contextmanager
 def forced(**changes: Any) -> Iterator[None]:
     """Change limits inside a with-block; ``forced(engine="split")`` splits every group.
 
-    Raises ValueError for an engine that is not among ENGINES and EXPERIMENTS.
+    Raises ValueError for an engine that is not among ENGINES and EXPERIMENTS, a tile that is no power of two, and
+    numbers too small to mean anything.
     """
     global _limits
+    for name, value in changes.items():
+        if name in _POWERS and (value < 1 or value & (value - 1)):
+            raise ValueError(f"{name} must be a power of 2, got {value}")
+        if name in _LEAST and value < _LEAST[name]:
+            raise ValueError(f"{name} must be at least {_LEAST[name]}, got {value}")
     known = (*ENGINES, *EXPERIMENTS)
     if changes.get("engine", "") not in ("", *known):
         raise ValueError(f"engine must be one of {', '.join(known)}, got {changes['engine']!r}")
@@ -156,7 +168,7 @@ def along_m(layout: Layout) -> bool:
 
 def _bound(layout: Layout, letter: str) -> int:
     """How far a block may grow along a kept coordinate; the batch sets no bound, for it compiles nothing."""
-    if 0 in layout.sizes(letter) or not layout.kept:
+    if letter == layout.batch or 0 in layout.sizes(letter) or not layout.kept:
         return 1 << 30  # a single row is a batch of one
     return next_power_of_2(layout.extent(letter))
 

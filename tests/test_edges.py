@@ -326,3 +326,35 @@ print("reference")
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "reference"
+
+
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
+@pytest.mark.parametrize("which", ENGINES)
+def test_batch_invariance_of_rows_that_lie_across_memory(which: str, affine: bool, device: torch.device) -> None:
+    """(B, T, D) in the memory of (B, D, T): a batch of one drops an axis, and keeps the tiles of a larger one."""
+    x = torch.randn(2, 100, 3, device=device).transpose(1, 2)
+    w, b = (torch.randn(100, device=device) if affine else None for _ in range(2))
+    dy = torch.randn_like(x)
+    found = []
+    for n in (2, 1):
+        leaf_x = x[:n].clone(memory_format=torch.preserve_format).requires_grad_()
+        with engine(which):
+            y = F.layer_norm(leaf_x, (100,), w, b)
+            found.append((y[:1], torch.autograd.grad(y, leaf_x, dy[:n])[0][:1]))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_bfloat16_beside_float64(device: torch.device) -> None:
+    """Sums of fp64 are rounded to parameters, gradients and running statistics of bfloat16."""
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64, device=device).requires_grad_()
+    w, b = (torch.randn(4, device=device).bfloat16().requires_grad_() for _ in range(2))
+    mean, var = torch.zeros(4, device=device).bfloat16(), torch.ones(4, device=device).bfloat16()
+    y = F.batch_norm(x + 5, mean, var, w, b, training=True, momentum=0.5)
+    dy = torch.randn_like(y)
+    exact = [leaf(t) for t in (x, w, b)]
+    ref, _ = oracle(exact[0] + 5, (0, 2, 3), *(t.reshape(1, 4, 1, 1) for t in exact[1:]))
+    got = torch.autograd.grad(y, (x, w, b), dy)
+    for name, g, e in zip(("dx", "dw", "db"), got, torch.autograd.grad(ref, exact, dy), strict=True):
+        check(name, g, e, scale=4)
+    check("running_mean", mean, 0.5 * (x.detach() + 5).mean((0, 2, 3)))
+    check("running_var", var, 0.5 + 0.5 * x.detach().var((0, 2, 3)))

@@ -265,5 +265,5 @@ def test_follows() -> None:
 def test_wider_layouts_are_hashable_and_cached() -> None:
     arguments = ((2, 3, 2, 2, 3), ((36, 12, 6, 3, 1),), (0, 2, 4))
     layout = coalesce(*arguments)
-    assert layout is coalesce(*arguments) and hash(layout) == hash(Layout(layout.runs))
+    assert layout is coalesce(*arguments) and hash(layout) == hash(Layout(layout.runs, batch=layout.batch))
     assert (layout.pattern, layout.letters) == ("RKRKR", "smsms")

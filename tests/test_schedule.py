@@ -210,3 +210,19 @@ def test_parameters_do_not_narrow_a_tile() -> None:
     assert schedule.vector(layout, 2) == 8
     odd = coalesce((32, 64, 7, 7), ((49 * 64, 49, 7, 1),), (0, 2, 3), (1,))
     assert schedule.vector(odd, 2) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("tile", 100), ("ticket_tile", 0), ("grad_ticket_tile", -64), ("rows", 3), ("chunks", 0), ("fan", -1),
+])  # fmt: skip
+def test_sizes_that_no_kernel_takes_are_refused(name: str, value: int) -> None:
+    before = schedule.limits()
+    with pytest.raises(ValueError, match=f"{name} must be .* got {value}"), schedule.forced(**{name: value}):
+        pass
+    assert schedule.limits() is before
+
+
+def test_unknown_engines_are_refused_by_name() -> None:
+    match = "engine must be one of resident, .*, got .fastest"
+    with pytest.raises(ValueError, match=match), schedule.forced(engine="fastest"):
+        pass

@@ -6,6 +6,7 @@ All work for any Triton kernel, not only for those of normops.
 
 from .hardware import HARDWARE, Hardware
 from .plans import Planned, plans
+from .prepared import prepare_once
 from .race import Race, race
 from .traffic import Traffic, traffic
 from .virtual import VirtualDevice, VirtualLaunch, virtual_device
@@ -19,6 +20,7 @@ __all__ = [
     "VirtualDevice",
     "VirtualLaunch",
     "plans",
+    "prepare_once",
     "race",
     "traffic",
     "virtual_device",
