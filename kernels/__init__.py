@@ -22,12 +22,13 @@ its strides in the same shape, ``()`` where it does not vary.  A tile is [BLOCK_
 first axis runs along m or along c (``ALONG_M``), whichever lies further inside.  ``mk``, ``ma``, ``ms``
 are masks, ``*_ptr`` pointers, None where the operand is absent.
 
-``FOLD`` = (columns of a group, columns of a block, lanes of its groups, whether a group's columns share
-their parameters).  Where a reduced axis is the innermost one and its pieces are short and odd (10 channels
-a group in channels_last, 7 × 7 planes), it is counted among the kept ones: m or c are then *columns*, read
-as wide as memory allows, and a block holds whole groups of them; sums over s are taken by column first, then
-over the columns of a group (``by_group``).  A fifth element of an operand's strides says how many neighbours
-along (m, c) share one of its elements.  Elsewhere a group is one column: FOLD = (1, BLOCK_K, BLOCK_K, False).
+``FOLD`` = (columns of a group, columns of a block, lanes of its groups, columns that a sum over s stands for:
+1, or those of a group where they share their parameters).  Where a reduced axis is the innermost one and its
+pieces are short and odd (10 channels a group in channels_last, 7 × 7 planes), it is counted among the kept ones:
+m or c are then *columns*, read as wide as memory allows, and a block holds whole groups of them; sums over s are
+taken by column first, then over the columns of a group (``by_group``).  A fifth element of an operand's strides
+says how many neighbours along (m, c) share one of its elements.  Elsewhere a group is one column:
+FOLD = (1, BLOCK_K, BLOCK_K, 1).
 
     forward.py    normalize (a whole group on chip) · statistics · apply
     backward.py   grad_normalize (a whole group on chip, or given its sums) · grad_statistics · grad_apply

@@ -40,8 +40,8 @@ def tile_sums(t1, t0, BLOCK_K: tl.constexpr, FOLD: tl.constexpr):
     """Sums over s; also over the columns of a group, where they share their parameters (see FOLD)."""
     p1 = tl.sum(t1, 2, keep_dims=True)
     p0 = tl.sum(t0, 2, keep_dims=True)
-    SHARED: tl.constexpr = FOLD[3]
-    if SHARED:
+    PER_SUM: tl.constexpr = FOLD[3]
+    if PER_SUM > 1:
         p1 = by_group(p1, BLOCK_K, FOLD)
         p0 = by_group(p0, BLOCK_K, FOLD)
     return p1, p0
@@ -53,18 +53,18 @@ def weighted(
     FOLD: tl.constexpr,
 ):  # fmt: skip
     """Sum over a group of w · p, for p of tile_sums()"""
-    SHARED: tl.constexpr = FOLD[3]
+    PER_SUM: tl.constexpr = FOLD[3]
     v = tl.sum(affine(p, w_ptr, None, at, mask, SPACE, W, ACC), 1, keep_dims=True)
-    if not SHARED:
+    if PER_SUM == 1:
         v = by_group(v, BLOCK_K, FOLD)
     return v
 
 
 @triton.jit
 def sum_lanes(m, c, mk, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
-    """Lanes that store a sum of tile_sums(), and how many columns it stands for."""
-    SHARED: tl.constexpr = FOLD[3]
-    if SHARED:
+    """Lanes that store a sum of tile_sums()."""
+    PER_SUM: tl.constexpr = FOLD[3]
+    if PER_SUM > 1:
         mk = first_columns(m, c, mk, ALONG_M, FOLD)
     return mk
 
@@ -102,7 +102,7 @@ def grad_normalize(
     block_a = i % blocks_a
     i = i // blocks_a
     COLUMNS: tl.constexpr = FOLD[1]
-    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    PER_SUM: tl.constexpr = FOLD[3]
     C_BLOCK: tl.constexpr = 1 if ALONG_M else COLUMNS
     blocks_c = tl.cdiv(extent(SPACE, 1, N0), C_BLOCK)
     c_start = widened(i % blocks_c, WIDE) * C_BLOCK
@@ -195,7 +195,7 @@ def grad_statistics(
         t1 += g * xhat
         t0 += g
 
-    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    PER_SUM: tl.constexpr = FOLD[3]
     groups = extent(SPACE, 0, N0) * extent(SPACE, 1, N0) // PER_SUM
     group = (m * extent(SPACE, 1, N0) + c) // PER_SUM
     mk = sum_lanes(m, c, mk, ALONG_M, FOLD)
@@ -206,9 +206,9 @@ def grad_statistics(
     else:
         o = (block_a * chunks_s + chunk_s) * groups + group
         mask = mk
-        p1 = tl.sum(affine(p1, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
+        p1 = weighted(p1, w_ptr, (m, c, a, 0), wmask, SPACE, W, ACC, BLOCK_K, FOLD)
         if p0_ptr is not None:
-            p0 = tl.sum(affine(p0, w_ptr, None, (m, c, a, 0), wmask, SPACE, W, ACC), 1, keep_dims=True)
+            p0 = weighted(p0, w_ptr, (m, c, a, 0), wmask, SPACE, W, ACC, BLOCK_K, FOLD)
     tl.store(p1_ptr + o, p1, mask=mask)
     if p0_ptr is not None:
         tl.store(p0_ptr + o, p0, mask=mask)

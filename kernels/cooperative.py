@@ -27,6 +27,7 @@ from .tile import (
     group_block,
     group_size,
     kept_block,
+    kept_blocks,
     load_shared,
     number_of_groups,
     offsets,
@@ -35,17 +36,6 @@ from .tile import (
     store,
     total,
 )
-
-
-@triton.jit
-def kept_units(SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
-    """Blocks of groups, as kept_block() counts them."""
-    COLUMNS: tl.constexpr = FOLD[1]
-    if ALONG_M:
-        n = tl.cdiv(extent(SPACE, 0, N0), COLUMNS) * extent(SPACE, 1, N0)
-    else:
-        n = tl.cdiv(extent(SPACE, 1, N0), COLUMNS) * extent(SPACE, 0, N0)
-    return n
 
 
 @triton.jit
@@ -98,7 +88,7 @@ def cooperative(
     own = (tiles + tile) * groups
 
     turns = 0
-    for unit in range(team, kept_units(SPACE, N0, ALONG_M, FOLD), teams):
+    for unit in range(team, kept_blocks(SPACE, N0, ALONG_M, FOLD), teams):
         m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
         um, uc, uk = group_block(unit, SPACE, N0, ALONG_M, FOLD, WIDE)
         o = offsets((m, c, 0, 0), SPACE, STAT)
@@ -160,12 +150,12 @@ def grad_cooperative(
 
     own = (tiles + tile) * groups
     GROUPS: tl.constexpr = FOLD[2]
-    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    PER_SUM: tl.constexpr = FOLD[3]
     if ROWS:
         dw = tl.zeros((1, BLOCK_A, 1), ACC)
         db = tl.zeros((1, BLOCK_A, 1), ACC)
     turns = 0
-    for unit in range(team, kept_units(SPACE, N0, ALONG_M, FOLD), teams):
+    for unit in range(team, kept_blocks(SPACE, N0, ALONG_M, FOLD), teams):
         m, c, mk = kept_block(unit, SPACE, N0, ALONG_M, BLOCK_K, FOLD, WIDE)
         um, uc, uk = group_block(unit, SPACE, N0, ALONG_M, FOLD, WIDE)
         o = offsets((m, c, 0, 0), SPACE, STAT)

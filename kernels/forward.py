@@ -11,6 +11,7 @@ from .tile import (
     first_columns,
     group_size,
     kept_block,
+    kept_blocks,
     load,
     number_of_groups,
     offsets,
@@ -94,12 +95,8 @@ def chunk_of(
     """
     blocks_a = tl.cdiv(extent(SPACE, 2, N0), BLOCK_A)
     chunks = blocks_a * chunks_s
-    COLUMNS: tl.constexpr = FOLD[1]
     if KEPT_FIRST:
-        if ALONG_M:
-            blocks_k = tl.cdiv(extent(SPACE, 0, N0), COLUMNS) * extent(SPACE, 1, N0)
-        else:
-            blocks_k = tl.cdiv(extent(SPACE, 1, N0), COLUMNS) * extent(SPACE, 0, N0)
+        blocks_k = kept_blocks(SPACE, N0, ALONG_M, FOLD)
         block_k = i % blocks_k
         chunk = i // blocks_k
     else:

@@ -177,7 +177,7 @@ def grad_statistics_phase(
 ):  # fmt: skip
     """Sums of one tile; the last of a unit to come here merges them to c1, c0 and (not ROWS) dw, db."""
     columns = number_of_groups(SPACE, N0, FOLD) * A
-    PER_SUM: tl.constexpr = FOLD[0] if FOLD[3] else 1
+    PER_SUM: tl.constexpr = FOLD[3]
     column = (m * extent(SPACE, 1, N0) + c) // PER_SUM * extent(SPACE, 2, N0)
     mask = mk
     wmask = ma if ALONG_M else mk & ma

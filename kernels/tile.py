@@ -120,6 +120,17 @@ def block_starts(i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, COLUMNS: tl.
 
 
 @triton.jit
+def kept_blocks(SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
+    """How many blocks there are, as block_starts() counts them."""
+    COLUMNS: tl.constexpr = FOLD[1]
+    if ALONG_M:
+        n = tl.cdiv(extent(SPACE, 0, N0), COLUMNS) * extent(SPACE, 1, N0)
+    else:
+        n = tl.cdiv(extent(SPACE, 1, N0), COLUMNS) * extent(SPACE, 0, N0)
+    return n
+
+
+@triton.jit
 def kept_block(
     i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr
 ):

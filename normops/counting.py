@@ -63,8 +63,7 @@ class Counted:
         self.points = n_m * self.n_c
         self.along = n_m if self.given.get("ALONG_M") else self.n_c
         """Points of the kept coordinates; a fold makes a group of several."""
-        self.per, self.block, self.group_lanes, shared = self.given.get("FOLD", (1, 1, 1, False))
-        self.per_sum = self.per if shared else 1
+        self.per, self.block, self.group_lanes, self.per_sum = self.given.get("FOLD", (1, 1, 1, 1))
         """How many of them a sum of a backward stands for."""
         self.groups, self.columns = self.points // self.per, self.n_c * self.n_a // self.per_sum
         self.lanes: dict[str, Moved] = {}

@@ -105,14 +105,14 @@ class Step:
         self._static: tuple[Any, ...] = ()
 
     def run(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
-        """Launch everything.  Tensors in the order of the names without the last, "tickets", None where absent;
+        """Launch everything.  Tensors in the order of the names, None where absent, as the last one, "tickets", is;
         device: index, -1 for a CPU."""
         if not self.plan.words:
-            self.launch((*tensors, None), scalars, device)
+            self.launch(tensors, scalars, device)
             return
         place = torch.device("cpu") if device < 0 else torch.device("cuda", device)
         try:
-            self.launch((*tensors, counters.words(self.plan.words, place)), scalars, device)
+            self.launch((*tensors[:-1], counters.words(self.plan.words, place)), scalars, device)
         except BaseException:
             counters.forget(place)
             raise
@@ -141,7 +141,7 @@ class Step:
 
     def operands(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> dict[str, Any]:
         """All that launches take, by name."""
-        found: dict[str, Any] = dict(zip(self.names, tensors, strict=False)) | dict(zip(SCALARS, scalars, strict=False))
+        found: dict[str, Any] = dict(zip(self.names, tensors, strict=True)) | dict(zip(SCALARS, scalars, strict=False))
         for name, (owner, start, elements) in self.pieces.items():
             found[name] = found[owner][start : start + elements]
         return found
@@ -310,7 +310,7 @@ def forward(
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
     step.run(
         (source, pre, None if pre is None else total, w, b, post, y, mean, var, running_mean, running_var, saved,
-         scratch),
+         scratch, None),
         (eps, momentum), x.get_device(),
     )  # fmt: skip
     return y, x if total is None else total, saved
@@ -331,5 +331,5 @@ def backward(
         like = dx if dx is not None else torch.empty_like(x)
         x, dy, dsum, post = _aligned(x, like), _aligned(dy, like), _aligned(dsum, like), _aligned(post, like)  # type: ignore[assignment]
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
-    step.run((x, dy, w, b, post, dsum, dx, dpost, dw, db, saved, scratch), (), x.get_device())
+    step.run((x, dy, w, b, post, dsum, dx, dpost, dw, db, saved, scratch, None), (), x.get_device())
     return dx, dw, db, dpost

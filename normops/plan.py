@@ -110,9 +110,9 @@ def kernel_tile(tile: Tile, layout: Layout) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, bool]:
+def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, int]:
     """FOLD as kernels take it, for blocks of so many columns in so many lanes of groups."""
-    return layout.fold, columns, groups, layout.shared
+    return layout.fold, columns, groups, layout.fold if layout.shared else 1
 
 
 def kept_blocks(layout: Layout, along_m: bool, columns: int) -> int:

@@ -13,7 +13,8 @@ from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
 from .plan_cooperative import Together, plan_gradient, together
-from .schedule import Device, Limits, Tickets, Tile
+from .schedule import Device, Limits, Tile
+from .ticketing import Tickets, ticketed
 
 Needs = tuple[bool, bool, bool, bool]
 Names = tuple[str, str]
@@ -49,7 +50,7 @@ class _Backward:
         acc_type = {"ACC": tl.float64 if self.acc_bytes == 8 else tl.float32}
         self.common = {"SPACE": layout.space, "STAT": layout.statistics(), **acc_type}
         # What finishes knows of groups only.
-        self.grouped = {"SPACE": base.space, "STAT": base.statistics(), "W": operands["W"], **acc_type}
+        self.grouped = {"SPACE": base.space, "W": operands["W"], **acc_type}
         self.grad = ACTIVATIONS[spec.activation][1] if spec.activation != "identity" else None
         self.streams = {**self.operands, "ACT_GRAD": self.grad}
         # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
@@ -132,7 +133,7 @@ class _Backward:
         again = 2 if self.grad is None or self.operands["POST"] is ABSENT else 3
         # Parameters of every a live beside an activation's derivative: half as many fit.
         fewer = 2 if self.grad is not None and self.n_a > 1 else 1
-        return schedule.ticketed(
+        return ticketed(
             self.layout, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer, 512 // fewer,
             self.limits.grad_rows, self.limits, self.device,
         )  # fmt: skip
@@ -246,7 +247,8 @@ class _Backward:
         self.launches.append(Launch(
             kf.finish_group, kept_blocks(self.base, along_m, block_k),
             ("p1", p0, "w" if per_a else "", *self.sums(), *totals), (self.base.outer, partials),
-            {**self.grouped, "A": wide, "DIRECT": direct, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
+            {**self.grouped, "STAT": self.base.statistics(),
+             "A": wide, "DIRECT": direct, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
              "BLOCK_A": block_a, "BLOCK_P": block_p, "WIDE": False},
             4,
         ))  # fmt: skip
@@ -256,9 +258,7 @@ class _Backward:
         block_j, block_i = schedule.finish_affine_tile(self.columns)
         self.launches.append(Launch(
             kf.finish_affine, cdiv(self.columns, block_i), (*partials, "dw", "db"), (self.base.outer, rows),
-            {**{name: value for name, value in self.grouped.items() if name != "STAT"},
-             "BLOCK_J": block_j, "BLOCK_I": block_i},
-            4,
+            {**self.grouped, "BLOCK_J": block_j, "BLOCK_I": block_i}, 4,
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:

@@ -12,7 +12,8 @@ from . import schedule
 from .kernels import cooperative as kc
 from .layout import Layout
 from .plan import Launch, cdiv, kept_blocks, kernel_tile
-from .schedule import FIRST_STATE, Device, Tile
+from .schedule import Device, Tile
+from .ticketing import FIRST_STATE, long_rows
 
 COOPERATIVE = "launch_cooperative_grid"
 """The compiler's option that makes of a launch one whose programs all run at once, or that fails."""
@@ -78,7 +79,7 @@ def together(
     elements = max(1, elements // crowded)
     tile = schedule.stream(layout, itemsize, acc_bytes, elements, max(1, elements * 4 // acc_bytes // 8))
     letter = "m" if tile.along_m else "c"
-    if schedule.long_rows(layout):
+    if long_rows(layout):
         k = rows if 0 in layout.sizes(letter) or not layout.kept else min(
             rows, schedule.next_power_of_2(layout.extent(letter))
         )  # fmt: skip

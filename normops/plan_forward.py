@@ -16,7 +16,8 @@ from .kernels.activations import ACTIVATIONS
 from .layout import Layout
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
 from .plan_cooperative import Together, plan_normalize, together
-from .schedule import Device, Limits, Tickets, Tile
+from .schedule import Device, Limits, Tile
+from .ticketing import Tickets, ticketed
 
 
 def plan_forward(
@@ -128,7 +129,7 @@ class _Forward:
         # Parameters that run across the vectors of x are spread anew, and held in full; so are sums of a fold.
         across = self.layout.letters[-1:] == "a" and self.layout.extent("s") > 1
         fewer = 2 if across or self.layout.fold > 1 else 1
-        return schedule.ticketed(
+        return ticketed(
             self.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // fewer, 1024,
             self.limits.rows, self.limits, self.device,
         )  # fmt: skip

@@ -52,7 +52,7 @@ class Limits:
     # one that suits.
     engine: str = ""
     # Two programs of 16384 elements live on one SM, so that one loads while the other stores; and a call of more than
-    # 4 MB has as many of them as an H200 has SMs.
+    # 4 MB has as many of them as nine tenths of an H200's SMs.
     forward: int = 16384
     # One program of 16 warps holds 32k fp32 values in 128 registers a thread without spilling; only for norms that
     # average over the batch (a row's engine must not depend on it), and only where that fills the device.
@@ -166,14 +166,14 @@ def along_m(layout: Layout) -> bool:
     return not kept or kept[-1] == "m"
 
 
-def _bound(layout: Layout, letter: str) -> int:
+def kept_bound(layout: Layout, letter: str) -> int:
     """How far a block may grow along a kept coordinate; the batch sets no bound, for it compiles nothing."""
     if letter == layout.batch or 0 in layout.sizes(letter) or not layout.kept:
         return 1 << 30  # a single row is a batch of one
     return next_power_of_2(layout.extent(letter))
 
 
-def _line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
+def line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
     """Groups side by side that a tile needs to cover a line of memory."""
     if not layout.runs:
         return 1
@@ -244,7 +244,7 @@ def whole_groups(
     if vector(layout, itemsize) == 1:
         limit //= 4
     m = along_m(layout)
-    bound = _bound(layout, "m" if m else "c")
+    bound = kept_bound(layout, "m" if m else "c")
     a, s = next_power_of_2(layout.extent("a")), next_power_of_2(layout.extent("s"))
     # Parameters run across the vectors of x: they are spread anew, through shared memory, and held in full.
     if a > 1 and layout.runs and not layout.runs[-1].reduced:
@@ -255,7 +255,7 @@ def whole_groups(
             if 2 * lanes * s <= limit:
                 return Tile(m, lanes, 1, s, warps(lanes * s * room, per_warp, most_warps), columns, layout.fold)
         return None
-    k = min(bound, _line_groups(layout, itemsize, limits().line_bytes))
+    k = min(bound, line_groups(layout, itemsize, limits().line_bytes))
     narrow = min(k, max(1, k // 2))
     while k > narrow and k * a * s > limit:
         k //= 2
@@ -277,8 +277,8 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     letter = "m" if m else "c"
     block = {"k": 1, "a": 1, "s": 1}
     room = elements
-    first = _line_groups(layout, itemsize, limits().line_bytes)
-    bound = {"k": _bound(layout, letter), **{x: next_power_of_2(layout.extent(x)) for x in "as"}}
+    first = line_groups(layout, itemsize, limits().line_bytes)
+    bound = {"k": kept_bound(layout, letter), **{x: next_power_of_2(layout.extent(x)) for x in "as"}}
     order = list(dict.fromkeys("k" if x == letter else x for x in reversed(layout.letters) if x == letter or x in "as"))
     for axis in order:
         want = first if axis == "k" else bound[axis]
@@ -288,89 +288,6 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
         block["k"] *= min(room, max(1, bound["k"] // block["k"]))
     total = block["k"] * block["a"] * block["s"]
     return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
-
-
-@dataclass(frozen=True, slots=True)
-class Tickets:
-    """A ticketed launch: the tile, how many there are in a unit and in all, and how many statistics run ahead."""
-
-    tile: Tile
-    chunks_s: int
-    tiles: int
-    units: int
-    lead: int
-    fan: int
-    """Chunks that are merged at a time; 0: all at once."""
-    merge_p: int
-    """Partial results that a tile of a merge holds per group."""
-
-    def blocks(self, chunks: int) -> int:
-        """Blocks of `fan` chunks that are merged first."""
-        return -(-chunks // self.fan) if self.fan else 0
-
-    def rows(self, chunks: int) -> int:
-        """Rows of partial results: one for each chunk of a group, and one for each block of them."""
-        return chunks + self.blocks(chunks)
-
-    @property
-    def words(self) -> int:
-        """Words that the launch counts in, see kernels/tickets.py."""
-        return FIRST_STATE + self.units * (1 + self.blocks(self.tiles))
-
-
-FIRST_STATE = 32
-"""Where the states of units begin, as in kernels/tickets.py."""
-
-
-def long_rows(layout: Layout) -> bool:
-    """Whether parameters vary along all that is averaged over, in memory order: tiles hold pieces of several rows."""
-    return layout.letters[-1:] == "a" and layout.extent("s") == 1
-
-
-def ticketed(
-    layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, rows: int,
-    limits: Limits, device: Device,
-) -> Tickets | None:  # fmt: skip
-    """How a ticketed launch walks, or None where no unit fits the window; `streams`: operands of the size of x that it
-    reads twice; `rows`: side by side in a tile of long rows, at most."""
-    window = limits.window or device.window
-    if limits.engine == "ticketed":
-        window = max(window, 1 << 40)
-    if vector(layout, itemsize) == 1 or itemsize == 4:  # see whole_groups; and tiles are counted in bytes of bf16
-        elements, per_warp = elements // 2, per_warp // 2
-    for narrower in range(4):
-        tile = stream(layout, itemsize, acc_bytes, elements, per_warp)
-        if long_rows(layout):
-            k = min(_bound(layout, "m" if tile.along_m else "c"), rows >> narrower)
-            if k < min(rows, 4):
-                break
-            tile = replace(tile, k=k, a=max(1, min(next_power_of_2(layout.extent("a")), tile.elements // k)))
-        elif narrower == 1 and layout.fold == 1 and _line_groups(layout, itemsize, limits.line_bytes) > 1 < tile.k:
-            # Half a line of memory for each group of channels: better than a third pass over x.
-            tile = replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
-        elif narrower:
-            break
-        # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
-        side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
-        unit = side // tile.fold * layout.group * itemsize * streams
-        if 4 * unit > 3 * window:  # statistics must run ahead by more than a unit
-            continue
-        return _tickets(layout, tile, unit, window, limits, device)
-    return None
-
-
-def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits, device: Device) -> Tickets:
-    chunks_s = -(-layout.extent("s") // tile.s)
-    blocks_a = -(-layout.extent("a") // tile.a)
-    tiles = chunks_s * blocks_a
-    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
-    units = -(-layout.extent(inside) // tile.columns) * layout.extent(outside)
-    lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit))
-    # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
-    fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
-    return Tickets(
-        tile, chunks_s, tiles, units, min(lead, units * tiles), fan, max(8, min(512, 1024 // tile.k))
-    )
 
 
 def fills(blocks: int, device: Device) -> bool:

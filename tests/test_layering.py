@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"kernels", "layout", "pattern"},
     {"schedule", "activations", "compiled"},
+    {"ticketing"},
     {"plan"},
     {"plan_cooperative"},
     {"plan_forward", "plan_backward"},
@@ -37,11 +38,12 @@ ONLY = {
     "layout": set(),
     "pattern": set(),
     "schedule": {".layout"},
+    "ticketing": {".layout", ".schedule"},
     "reference": {"torch", ".activations", ".layout", ".pattern"},
     "plan": {"torch", ".layout", ".schedule"},
-    "plan_cooperative": {".layout", ".plan", ".schedule", ".kernels"},
-    "plan_forward": {"torch", "triton", ".layout", ".plan", ".plan_cooperative", ".schedule", ".kernels"},
-    "plan_backward": {"torch", "triton", ".plan", ".plan_cooperative", ".schedule", ".kernels"},
+    "plan_cooperative": {".layout", ".plan", ".schedule", ".ticketing", ".kernels"},
+    "plan_forward": {"torch", "triton", ".layout", ".plan", ".plan_cooperative", ".schedule", ".ticketing", ".kernels"},
+    "plan_backward": {"torch", "triton", ".plan", ".plan_cooperative", ".schedule", ".ticketing", ".kernels"},
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {

@@ -8,7 +8,8 @@ from math import prod
 
 import pytest
 
-from normops import schedule
+from normops import schedule, ticketing
+from normops.kernels import tickets
 from normops.layout import Layout, coalesce, dense_strides, split
 from normops.schedule import A100, B200, H200, KNOWN, Device, Tile
 
@@ -226,3 +227,7 @@ def test_unknown_engines_are_refused_by_name() -> None:
     match = "engine must be one of resident, .*, got .fastest"
     with pytest.raises(ValueError, match=match), schedule.forced(engine="fastest"):
         pass
+
+
+def test_states_of_units_begin_where_kernels_look_for_them() -> None:
+    assert tickets.FIRST_STATE.value == ticketing.FIRST_STATE

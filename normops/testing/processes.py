@@ -11,7 +11,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,16 +158,6 @@ def patch_interpreter(jitter: Jitter, lock: Any) -> None:
     patch("create_atomic_rmw", 1, atomic=True)
     patch("create_atomic_cas", 0, atomic=True)
     patch("create_atomic_store", 0, atomic=True)
-
-
-def patch_once() -> None:
-    """Prepare triton.language once for each function: the interpreter does so at each call, half of its time.
-
-    Only while a kernel runs does what was prepared stay so; here that is until the process ends.
-    """
-    original = getattr(interpreter, "_patch_lang", None)
-    if original is not None:
-        interpreter._patch_lang = cache(original)
 
 
 class Programs:

@@ -23,7 +23,8 @@ import numpy as np
 from triton.runtime import interpreter
 
 from ..compiled import INTERPRETED
-from .processes import Executor, Jitter, Memory, Programs, patch_interpreter, patch_once, tensors_in
+from .prepared import prepare_once
+from .processes import Executor, Jitter, Memory, Programs, patch_interpreter, tensors_in
 
 ORDERS = ("shuffled", "launch")
 _START = 60.0
@@ -126,7 +127,7 @@ class _Team:
         try:
             self._memory.adopt()
             patch_interpreter(jitter, self._lock)
-            patch_once()
+            prepare_once()
             programs = Programs(self._function, lambda program: self._serve(me, link, jitter, program))
             Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
         except BaseException:

@@ -1,0 +1,97 @@
+"""How a ticketed launch walks: its tiles, its units, and how far statistics run ahead.  Pure functions of facts; the
+numbers stand in schedule.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from .layout import Layout
+from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, stream, vector
+
+FIRST_STATE = 32
+"""Where the states of units begin, as in kernels/tickets.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tickets:
+    """A ticketed launch: the tile, how many there are in a unit and in all, and how many statistics run ahead."""
+
+    tile: Tile
+    chunks_s: int
+    tiles: int
+    units: int
+    lead: int
+    fan: int
+    """Chunks that are merged at a time; 0: all at once."""
+    merge_p: int
+    """Partial results that a tile of a merge holds per group."""
+
+    def blocks(self, chunks: int) -> int:
+        """Blocks of `fan` chunks that are merged first."""
+        return -(-chunks // self.fan) if self.fan else 0
+
+    def rows(self, chunks: int) -> int:
+        """Rows of partial results: one for each chunk of a group, and one for each block of them."""
+        return chunks + self.blocks(chunks)
+
+    @property
+    def words(self) -> int:
+        """Words that the launch counts in, see kernels/tickets.py."""
+        return FIRST_STATE + self.units * (1 + self.blocks(self.tiles))
+
+
+def long_rows(layout: Layout) -> bool:
+    """Whether parameters vary along all that is averaged over, in memory order: tiles hold pieces of several rows."""
+    return layout.letters[-1:] == "a" and layout.extent("s") == 1
+
+
+def ticketed(
+    layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, rows: int,
+    limits: Limits, device: Device,
+) -> Tickets | None:  # fmt: skip
+    """How a ticketed launch walks, or None where no unit fits the window; `streams`: operands of the size of x that it
+    reads twice; `rows`: side by side in a tile of long rows, at most."""
+    window = limits.window or device.window
+    if limits.engine == "ticketed":
+        window = max(window, 1 << 40)
+    if vector(layout, itemsize) == 1 or itemsize == 4:  # see whole_groups; and tiles are counted in bytes of bf16
+        elements, per_warp = elements // 2, per_warp // 2
+    for tile in _tiles(layout, stream(layout, itemsize, acc_bytes, elements, per_warp), itemsize, rows, limits):
+        # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
+        side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
+        unit = side // tile.fold * layout.group * itemsize * streams
+        if 4 * unit <= 3 * window:  # statistics must run ahead by more than a unit
+            return _tickets(layout, tile, unit, window, limits, device)
+    return None
+
+
+def _tiles(layout: Layout, tile: Tile, itemsize: int, rows: int, limits: Limits) -> Iterator[Tile]:
+    """Tiles for units of less and less memory."""
+    if long_rows(layout):
+        least = min(rows, 4)
+        while rows >= least:
+            k = min(kept_bound(layout, "m" if tile.along_m else "c"), rows)
+            if k < least:
+                return
+            yield replace(tile, k=k, a=max(1, min(next_power_of_2(layout.extent("a")), tile.elements // k)))
+            rows //= 2
+        return
+    yield tile
+    if layout.fold == 1 and tile.k > 1 and line_groups(layout, itemsize, limits.line_bytes) > 1:
+        # Half a line of memory for each group of channels: better than a third pass over x.
+        yield replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
+
+
+def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits, device: Device) -> Tickets:
+    chunks_s = -(-layout.extent("s") // tile.s)
+    blocks_a = -(-layout.extent("a") // tile.a)
+    tiles = chunks_s * blocks_a
+    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
+    units = -(-layout.extent(inside) // tile.columns) * layout.extent(outside)
+    lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit))
+    # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
+    fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
+    return Tickets(
+        tile, chunks_s, tiles, units, min(lead, units * tiles), fan, max(8, min(512, 1024 // tile.k))
+    )
