@@ -10,7 +10,7 @@ enter no device context, so their time is a little low; and they sum one row of 
 itself: that arithmetic (the same sum over 4096 and over 8 elements) is taken off before normops is held to them.
 
 One thread, no garbage collection.  Blocks of calls of all subjects take turns; the median and the smallest block
-count.  Stages are differences of medians at the boundaries functional, autograd.normalize, launch.forward (backward),
+count.  Stages are differences of medians at the boundaries calls.find, autograd.normalize, launch.forward (backward),
 Step.run: "checks and plan" is the lookup of what the first call checked and planned, "allocation" makes outputs and
 workspace and finds the step to run, "autograd" is the Function, and PyTorch's engine in the backward.
 """
@@ -36,7 +36,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 from triton.runtime import driver
 
-from normops import autograd, functional, launch, nn
+from normops import autograd, calls, functional, launch, nn
 from normops.testing import virtual_device
 
 from .common import console, print_table, save
@@ -219,14 +219,14 @@ def stages(subject: Subject) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The engine that runs, and inner functions of a call of normops, each with the arguments that it had there."""
     run = launch.Step.run
     call: dict[str, tuple[Any, ...]] = {}
-    with caught(functional, "_call", call), caught(autograd, "normalize", call), caught(launch, "forward", call):
+    with caught(calls, "find", call), caught(autograd, "normalize", call), caught(launch, "forward", call):
         with caught(launch.Step, "run", call):
             y = subject.call()
         forward_run = call["run"][1]
         y = y if isinstance(y, tuple) else (y,)
         with caught(launch, "backward", call), caught(launch.Step, "run", call):
             torch.autograd.grad(y, subject.leaves, [torch.empty_like(t) for t in y])
-    lookup, normalize, forward, backward = (call[n] for n in ("_call", "normalize", "forward", "backward"))
+    lookup, normalize, forward, backward = (call[n] for n in ("find", "normalize", "forward", "backward"))
     backward_run = call["run"][1]
     options = {k: v for k, v in normalize[1][-1].items() if k != "saved"}
 

@@ -4,5 +4,7 @@ __version__ = "0.1.0"
 
 from . import activations, functional, nn
 from .functional import normalize
+from .operators import decompositions
+from .traced import decompose
 
-__all__ = ["__version__", "activations", "functional", "nn", "normalize"]
+__all__ = ["__version__", "activations", "decompose", "decompositions", "functional", "nn", "normalize"]

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .form import Form
 from .pattern import parse
 from .plan import DTYPES
 
@@ -43,6 +44,12 @@ class Axes(NamedTuple):
     """The shape of mean and rstd as they are returned."""
     weight_shape: tuple[int, ...] | None = None
     """What weight and bias broadcast to; None where they have that shape."""
+
+
+def written(axes: Axes) -> tuple[str, str, tuple[int, ...] | None]:
+    """pattern, affine and lengths as the registered operators take them."""
+    pattern, affine = Form(tuple(map(len, axes.factors)), axes.reduced, axes.affine).strings
+    return pattern, affine, tuple(n for sizes in axes.factors for n in sizes[:-1]) or None
 
 
 def tensors(o: Operands) -> None:
@@ -157,6 +164,32 @@ def group_norm(o: Operands, num_groups: int) -> Axes:
     return Axes(factors, tuple(range(2, x.dim() + 1)), (1, 2))
 
 
+def formed(o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None) -> Axes:
+    """Of a registered operator: the form says what is meant; parameters and statistics need only have that many
+    elements, pre_add and post_add x's shape."""
+    form = Form.read(pattern, affine)
+    factors = form.factors(o.x.shape, lengths)
+    sizes = [n for parts in factors for n in parts]
+    elements = {"weight": prod(sizes[i] for i in form.affine), "running_mean": prod(form.kept(factors))}
+    for name, of in (
+        ("weight", "weight"),
+        ("bias", "weight"),
+        ("running_mean", "running_mean"),
+        ("running_var", "running_mean"),
+    ):
+        t = getattr(o, name)
+        if t is not None and t.numel() != elements[of]:
+            raise RuntimeError(
+                f"{name.removeprefix('running_')} must have {elements[of]} elements for {pattern!r}, affine {affine!r} "
+                f"and x of shape {tuple(o.x.shape)}, got shape {tuple(t.shape)}"
+            )
+    for name in ("pre_add", "post_add"):
+        t = getattr(o, name)
+        if t is not None and t.shape != o.x.shape:
+            raise RuntimeError(f"{name} must have the shape of x, {tuple(o.x.shape)}, got {tuple(t.shape)}")
+    return Axes(factors, form.reduced, form.affine)
+
+
 def normalize(
     o: Operands, axes: int | Sequence[int] | str, affine: str | None, lengths: tuple[tuple[str, int], ...]
 ) -> Axes:
@@ -206,12 +239,12 @@ def _broadcast(axes: Axes, o: Operands) -> Axes:
         if t is None:
             continue
         padded = (1,) * (x.dim() - t.dim()) + tuple(t.shape)
-        if len(padded) != x.dim() or any(s not in (1, n) for s, n in zip(padded, x.shape, strict=True)):
+        if len(padded) != x.dim() or any(s != 1 and s != n for s, n in zip(padded, x.shape, strict=True)):
             raise RuntimeError(f"{name} must broadcast against x of shape {tuple(x.shape)}, got shape {tuple(t.shape)}")
         sizes.append(padded)
     if not sizes:
         return axes._replace(affine=())
-    union = tuple(max(s) if 0 not in s else 0 for s in zip(*sizes, strict=True))
+    union = tuple(b if a == 1 else a for a, b in zip(sizes[0], sizes[-1], strict=True))
     varying: list[int] = []
     i = 0
     for size, factors in zip(union, axes.factors, strict=True):

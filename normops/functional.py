@@ -7,59 +7,70 @@ dtypes and options decide about a call is checked and planned when such a call c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, autograd, checks, launch, schedule
+from . import autograd, calls, checks, composed, traced
 from .checks import Axes, Operands
-from .launch import Call
-from .plan import Spec
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
+EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
-def _call(
-    check: Callable[..., Axes], options: tuple[Any, ...], activation: str | None, x: Tensor, weight: Tensor | None,
-    bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, center: bool = True, given: bool = False,
-) -> Call:  # fmt: skip
-    """The call that these operands make.  Where it was not met before, ``check(operands, *options)`` runs first."""
-    try:
-        key = (
-            check, options, activation, center, given, schedule.limits(), x.shape, x.stride(), x.dtype, x.device,
-            None if weight is None else (weight.shape, weight.stride(), weight.dtype, weight.device),
-            None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.device),
-            None if pre_add is None else (pre_add.shape, pre_add.stride(), pre_add.dtype, pre_add.device),
-            None if post_add is None else (post_add.shape, post_add.stride(), post_add.dtype, post_add.device),
-            None if running_mean is None or running_var is None else (
-                running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
-                running_mean.requires_grad, running_var.shape, running_var.stride(), running_var.dtype,
-                running_var.device, running_var.requires_grad,
-            ), running_mean is None, running_var is None,
+class _Statistics:
+    """What return_stats and InstanceNorm's running statistics want of a call."""
+
+    axes: Axes
+    mean: Tensor | None
+    rstd: Tensor
+
+
+def _run(
+    check: Callable[..., Axes], options: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None,
+    eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
+    post_add: Tensor | None, center: bool = True, running_mean: Tensor | None = None,
+    running_var: Tensor | None = None, given: bool = False, momentum: float | Tensor | None = None,
+    statistics: _Statistics | None = None,
+) -> Any:  # fmt: skip
+    """-> y, or (y, sum) with pre_add.
+
+    Running statistics stand in for those of x where they are `given`, and move towards them where there is a
+    `momentum`.
+    """
+    call = None
+    if not (is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0):
+        call = calls.find(
+            check, options, activation, out_dtype, x, weight, bias, pre_add, post_add, center, running_mean,
+            running_var, given,
         )  # fmt: skip
-        found = launch.calls.get(key)
-        if found is not None:
-            return found
-    except (AttributeError, TypeError):  # not a tensor, or nothing to hash: the checks say what it is
-        key = None
-    operands = Operands(x, weight, bias, pre_add, post_add, running_mean, running_var)
-    checks.tensors(operands)
-    axes = check(operands, *options)
-    if axes.weight_shape is not None:
-        weight, bias = (None if t is None else t.expand(axes.weight_shape) for t in (weight, bias))
-    pre_add, post_add = checks.expanded("pre_add", pre_add, x), checks.expanded("post_add", post_add, x)
-    affine = axes.affine if weight is not None or bias is not None else ()
-    spec = Spec(axes.factors, axes.reduced, affine, center, activations.check(activation))
-    reshaped = axes.weight_shape is not None or any(
-        t is not None and t.shape != x.shape for t in (operands.pre_add, operands.post_add)
-    )
-    call = Call(spec, axes, x, weight, bias, pre_add, post_add, given, reshaped)
-    if key is not None:
-        launch.remember(key, call)
-    return call
+    if call is None:
+        operands = Operands(x, weight, bias, pre_add, post_add, running_mean, running_var)
+        axes, (y, total, mean, rstd) = traced.normalize(
+            check, options, activation, out_dtype, eps, operands, center, given
+        )
+        if momentum is not None:
+            composed.track(operands, mean, rstd, eps, momentum)
+        if statistics is not None:
+            statistics.axes, statistics.mean, statistics.rstd = axes, mean, rstd
+        return y if total is None else (y, total)
+    kept: dict[str, Any] = {}
+    if given:
+        kept = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
+    elif momentum is not None and running_mean is not None:
+        kept = {"running_mean": running_mean, "running_var": running_var, "momentum": float(momentum)}
+    result = autograd.normalize(call, x, weight, bias, pre_add, post_add, eps, kept)
+    if statistics is not None:
+        statistics.axes = call.axes
+        statistics.mean, statistics.rstd = autograd.statistics(call, kept["saved"])
+    return result
 
 
 def normalize(
@@ -75,6 +86,7 @@ def normalize(
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
     return_stats: bool = False,
+    out_dtype: torch.dtype | None = None,
     **lengths: int,
 ) -> Any:
     """Normalise x over any axes: ``y = act((s - mean) / sqrt(var + eps) * weight + bias + post_add)``.
@@ -110,21 +122,26 @@ def normalize(
     >>> normops.normalize(torch.randn(2, 6, 5), "n (g c) l -> n g", g=3).shape
     torch.Size([2, 6, 5])
     """
+    if has_torch_function_variadic(x, weight, bias, pre_add, post_add):
+        return handle_torch_function(
+            normalize, (x, weight, bias, pre_add, post_add), x, axes, weight, bias, eps=eps, center=center,
+            affine=affine, activation=activation, pre_add=pre_add, post_add=post_add, return_stats=return_stats,
+            out_dtype=out_dtype, **lengths,
+        )  # fmt: skip
     key = tuple(axes) if isinstance(axes, list) else axes
-    call = _call(
-        checks.normalize, (key, affine, tuple(lengths.items())), activation, x, weight, bias, pre_add, post_add,
-        center=center,
+    found = _Statistics() if return_stats else None
+    result = _run(
+        checks.normalize, (key, affine, tuple(lengths.items())), activation, out_dtype, eps, x, weight, bias, pre_add,
+        post_add, center, statistics=found,
     )  # fmt: skip
-    options: dict[str, Any] = {}
-    y = autograd.normalize(call, x, weight, bias, pre_add, post_add, eps, options)
-    if not return_stats:
-        return y
-    order = (*call.axes.stat_axes, *call.axes.reduced)
+    if found is None:
+        return result
+    kept = sorted(found.axes.stat_axes)
+    order = [kept.index(axis) for axis in found.axes.stat_axes]
     shaped = (
-        None if t is None else t.permute(order).reshape(call.axes.stat_shape)
-        for t in autograd.statistics(call, options["saved"])
-    )  # fmt: skip
-    return (y, *shaped) if isinstance(y, Tensor) else (*y, *shaped)
+        None if t is None else t.permute(order).reshape(found.axes.stat_shape) for t in (found.mean, found.rstd)
+    )
+    return (result, *shaped) if isinstance(result, Tensor) else (*result, *shaped)
 
 
 def batch_norm(
@@ -140,6 +157,7 @@ def batch_norm(
     activation: str | None = None,
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """BatchNorm over (N, *) for each channel of (N, C, *); :func:`torch.nn.functional.batch_norm` with extras.
 
@@ -149,18 +167,18 @@ def batch_norm(
     Raises ValueError for one value per channel in training, RuntimeError for shapes and devices that do not fit.
     Source: Ioffe & Szegedy 2015.
     """
-    call = _call(
-        checks.batch_norm, (training,), activation, input, weight, bias, pre_add, post_add, running_mean, running_var,
-        given=not training,
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, pre_add, post_add):
+        return handle_torch_function(
+            batch_norm, (input, running_mean, running_var, weight, bias, pre_add, post_add), input, running_mean,
+            running_var, weight, bias, training, momentum, eps, activation=activation, pre_add=pre_add,
+            post_add=post_add, out_dtype=out_dtype,
+        )  # fmt: skip
+    if training and running_mean is not None and momentum is None:
+        raise ValueError(NO_MOMENTUM.format("batch_norm"))
+    return _run(
+        checks.batch_norm, (training,), activation, out_dtype, eps, input, weight, bias, pre_add, post_add, True,
+        running_mean, running_var, not training, momentum if training and running_mean is not None else None,
     )  # fmt: skip
-    options: dict[str, Any] = {}
-    if not training:
-        options = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
-    elif running_mean is not None:
-        if momentum is None:
-            raise ValueError(NO_MOMENTUM.format("batch_norm"))
-        options = {"running_mean": running_mean, "running_var": running_var, "momentum": float(momentum)}
-    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, options)
 
 
 def instance_norm(
@@ -176,6 +194,7 @@ def instance_norm(
     activation: str | None = None,
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """InstanceNorm over * for each sample and channel of (N, C, *); :func:`torch.nn.functional.instance_norm` with
     extras.
@@ -184,29 +203,30 @@ def instance_norm(
     ``use_input_stats=False`` they stand in for the statistics.  Raises ValueError for one value per instance.
     Source: Ulyanov et al. 2016.
     """
+    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, pre_add, post_add):
+        return handle_torch_function(
+            instance_norm, (input, running_mean, running_var, weight, bias, pre_add, post_add), input, running_mean,
+            running_var, weight, bias, use_input_stats, momentum, eps, activation=activation, pre_add=pre_add,
+            post_add=post_add, out_dtype=out_dtype,
+        )  # fmt: skip
     if not use_input_stats:
         if running_mean is None:
             raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
         return batch_norm(
             input, running_mean, running_var, weight, bias, False, momentum, eps,
-            activation=activation, pre_add=pre_add, post_add=post_add,
+            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
         )  # fmt: skip
-    call = _call(
-        checks.instance_norm, (), activation, input, weight, bias, pre_add, post_add, running_mean, running_var
-    )
-    options: dict[str, Any] = {}
     if running_mean is not None and momentum is None:
         raise ValueError(NO_MOMENTUM.format("instance_norm"))
-    y = autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, options)
-    if running_mean is not None and running_var is not None and input.numel():
-        n = prod(input.shape[2:])
-        mean, rstd = autograd.statistics(call, options["saved"])
-        with torch.no_grad():
-            var = (rstd.pow(-2) - eps).clamp_min(0) * (n / (n - 1))
-            for running, t in ((running_mean, mean), (running_var, var)):
-                value = t.reshape(input.shape[:2]).mean(0)  # type: ignore[union-attr]
-                running.lerp_(value.to(running.dtype), float(momentum))
-    return y
+    found = None if running_mean is None else _Statistics()
+    result = _run(
+        checks.instance_norm, (), activation, out_dtype, eps, input, weight, bias, pre_add, post_add, True,
+        running_mean, running_var, statistics=found,
+    )  # fmt: skip
+    if found is not None:
+        operands = Operands(input, running_mean=running_mean, running_var=running_var)
+        composed.track(operands, found.mean, found.rstd, eps, momentum)
+    return result
 
 
 def layer_norm(
@@ -219,14 +239,21 @@ def layer_norm(
     activation: str | None = None,
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """LayerNorm over the last axes; :func:`torch.nn.functional.layer_norm` with extras.  Source: Ba et al. 2016.
 
     Raises RuntimeError where ``normalized_shape`` is not the end of the input's shape, or weight's, bias's shape.
     """
+    if has_torch_function_variadic(input, weight, bias, pre_add, post_add):
+        return handle_torch_function(
+            layer_norm, (input, weight, bias, pre_add, post_add), input, normalized_shape, weight, bias, eps,
+            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
+        )  # fmt: skip
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    call = _call(checks.trailing, ("layer_norm", shape), activation, input, weight, bias, pre_add, post_add)
-    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, {})
+    return _run(
+        checks.trailing, ("layer_norm", shape), activation, out_dtype, eps, input, weight, bias, pre_add, post_add
+    )
 
 
 def rms_norm(
@@ -238,17 +265,23 @@ def rms_norm(
     activation: str | None = None,
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """RMSNorm over the last axes: x / sqrt(mean(x²) + eps) · weight; :func:`torch.nn.functional.rms_norm` with
     extras.  ``eps=None`` is torch.finfo of the statistics' dtype.  Source: Zhang & Sennrich 2019.
     """
+    if has_torch_function_variadic(input, weight, pre_add, post_add):
+        return handle_torch_function(
+            rms_norm, (input, weight, pre_add, post_add), input, normalized_shape, weight, eps,
+            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
+        )  # fmt: skip
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    call = _call(
-        checks.trailing, ("rms_norm", shape), activation, input, weight, None, pre_add, post_add, center=False
-    )
     if eps is None:
-        eps = torch.finfo(torch.float64 if input.dtype == torch.float64 else torch.float32).eps
-    return autograd.normalize(call, input, weight, None, pre_add, post_add, eps, {})
+        eps = EPS64 if isinstance(input, Tensor) and input.dtype == torch.float64 else EPS32
+    return _run(
+        checks.trailing, ("rms_norm", shape), activation, out_dtype, eps, input, weight, None, pre_add, post_add,
+        False,
+    )  # fmt: skip
 
 
 def group_norm(
@@ -261,11 +294,16 @@ def group_norm(
     activation: str | None = None,
     pre_add: Tensor | None = None,
     post_add: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Any:
     """GroupNorm over (C / num_groups, *) of (N, C, *); :func:`torch.nn.functional.group_norm` with extras.
 
     Raises RuntimeError where num_groups does not divide C, ValueError for a single sample of one value per group.
     Source: Wu & He 2018.
     """
-    call = _call(checks.group_norm, (num_groups,), activation, input, weight, bias, pre_add, post_add)
-    return autograd.normalize(call, input, weight, bias, pre_add, post_add, eps, {})
+    if has_torch_function_variadic(input, weight, bias, pre_add, post_add):
+        return handle_torch_function(
+            group_norm, (input, weight, bias, pre_add, post_add), input, num_groups, weight, bias, eps,
+            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
+        )  # fmt: skip
+    return _run(checks.group_norm, (num_groups,), activation, out_dtype, eps, input, weight, bias, pre_add, post_add)

@@ -17,7 +17,8 @@ import triton
 from torch import Tensor
 
 from . import compiled, counters, schedule
-from .checks import Axes
+from .checks import Axes, written
+from .form import kept_strides
 from .layout import follows, split
 from .plan import Plan, Shapes, Spec, accumulator, weight_strides
 from .plan_backward import Needs, plan_backward
@@ -32,6 +33,9 @@ FORWARD = (
     "tickets",
 )  # fmt: skip
 BACKWARD = ("x", "dy", "w", "b", "post", "dsum", "dx", "dpost", "dw", "db", "saved", "scratch", "tickets")
+# The same where mean and rstd are tensors of their own, not pieces of "saved".
+FORWARD_APART = tuple("rstd" if name == "saved" else name for name in FORWARD)
+BACKWARD_APART = (*BACKWARD[:10], "mean", "rstd", "scratch", "tickets")
 SCALARS = ("eps", "momentum")
 
 PIECE = 32
@@ -200,7 +204,7 @@ class Call:
 
     def __init__(
         self, spec: Spec, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
-        post_add: Tensor | None, given: bool, reshaped: bool,
+        post_add: Tensor | None, given: bool, reshaped: bool, out_dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.spec = spec
         self.axes = axes
@@ -210,6 +214,8 @@ class Call:
         self.shape = x.shape
         self.facts = device_facts(x.device)
         self.itemsize = x.element_size()
+        self.form = (*written(axes), spec.center)
+        """pattern, affine, lengths, center: as the registered operators are told the same."""
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
         self.reshaped = reshaped
@@ -223,11 +229,16 @@ class Call:
         self.limits = schedule.limits()
         self.x, self.pre, self.post = (None if t is None else t.stride() for t in (x, pre_add, post_add))
         self.copied = not all(self._follows(s) for s in (self.x, self.pre, self.post))
-        self._forward: dict[bool, Step] = {}
+        self.out_dtype = x.dtype if out_dtype is None else out_dtype
+        """The dtype of y."""
+        self._forward: dict[Any, Step] = {}
         self._backward: dict[Any, Step] = {}
 
         starts, self.saved_elements = placed(spec.statistics)
         self.rstd_at = starts["rstd"]
+        self.kept = tuple(n for i, n in enumerate(spec.shape) if i not in spec.reduced)
+        """The shape of mean and rstd."""
+        self.kept_strides = kept_strides(spec.factors, self.order, spec.reduced)
 
     def _follows(self, strides: Strides | None) -> bool:
         return strides is None or strides == self.order or follows(strides, self.order, self.shape)
@@ -236,9 +247,14 @@ class Call:
         """Strides in the split shape, of the copy where one is made."""
         return None if strides is None else split(strides if self._follows(strides) else self.order, self.spec.factors)
 
-    def forward(self, saved: bool) -> Step:
-        """`saved`: given statistics stand in the tensor of those of x, as mean and rstd (else as mean and var)."""
-        step = self._forward.get(saved)
+    def statistic(self, like: Tensor) -> Tensor:
+        """Room for mean or rstd of its own, in the order in which kernels write it."""
+        return torch.empty_strided(self.kept, self.kept_strides, dtype=self.acc, device=like.device)
+
+    def forward(self, saved: bool, apart: bool) -> Step:
+        """`saved`: given statistics stand in the tensor of those of x, as mean and rstd (else as mean and var);
+        `apart`: mean and rstd are tensors of their own."""
+        step = self._forward.get((saved, apart))
         if step is None:
             summed = self.pre is not None and not self.given
             total = self._operand(self.order) if self.pre is not None else None
@@ -249,11 +265,12 @@ class Call:
             ))  # fmt: skip
             given = "" if not self.given else "rstd" if saved else "var"
             plan = plan_forward(self.spec, shapes, self.itemsize, self.acc, given, self.limits, self.facts)
-            step = self._forward[saved] = Step(plan, FORWARD, self.spec.statistics if saved else ())
+            names, pieces = (FORWARD_APART, ()) if apart else (FORWARD, self.spec.statistics if saved else ())
+            step = self._forward[saved, apart] = Step(plan, names, pieces)
         return step
 
-    def backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None) -> Step:
-        key = (needs, dy.stride(), dy.dtype, None if dsum is None else (dsum.stride(), dsum.dtype))
+    def backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None, apart: bool) -> Step:
+        key = (needs, dy.stride(), dy.dtype, None if dsum is None else (dsum.stride(), dsum.dtype), apart)
         step = self._backward.get(key)
         if step is None:
             order = self._operand(self.order)
@@ -266,7 +283,8 @@ class Call:
             ))  # fmt: skip
             itemsize = self.sum_dtype.itemsize
             plan = plan_backward(self.spec, shapes, itemsize, self.acc, self.given, needs, self.limits, self.facts)
-            step = self._backward[key] = Step(plan, BACKWARD, self.spec.statistics)
+            names, pieces = (BACKWARD_APART, ()) if apart else (BACKWARD, self.spec.statistics)
+            step = self._backward[key] = Step(plan, names, pieces)
         return step
 
 
@@ -290,13 +308,14 @@ def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
 def forward(
     call: Call, x: Tensor, w: Tensor | None, b: Tensor | None, pre: Tensor | None, post: Tensor | None, eps: float,
     momentum: float = 0.0, mean: Tensor | None = None, var: Tensor | None = None, saved: Tensor | None = None,
-    running_mean: Tensor | None = None, running_var: Tensor | None = None,
+    running_mean: Tensor | None = None, running_var: Tensor | None = None, apart: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """-> y, s = x + pre (or x), saved: mean and rstd, ``spec.statistics`` one after the other.
 
-    Given statistics come as `mean` and `var`, or as `saved`.
+    Given statistics come as `mean` and `var`, or as `saved`.  `apart`: `mean` and `saved` are mean and rstd, each a
+    tensor as of ``call.statistic``: to write to, or given.
     """
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if call.out_dtype == x.dtype else torch.empty_like(x, dtype=call.out_dtype)
     source, total = x, None
     if pre is not None:
         total = torch.empty_like(x, dtype=call.sum_dtype)
@@ -304,9 +323,9 @@ def forward(
             source, pre = torch.add(x, pre, out=total), None
     if call.copied:
         source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
-    if not call.given:
+    if not call.given and not apart:
         saved = torch.empty(call.saved_elements, dtype=call.acc, device=x.device)
-    step = call.forward(saved is not None)
+    step = call.forward(saved is not None, apart)
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
     step.run(
         (source, pre, None if pre is None else total, w, b, post, y, mean, var, running_mean, running_var, saved,
@@ -318,10 +337,13 @@ def forward(
 
 def backward(
     call: Call, dy: Tensor, dsum: Tensor | None, x: Tensor, w: Tensor | None, b: Tensor | None, post: Tensor | None,
-    saved: Tensor, needs: Needs,
+    saved: Tensor, needs: Needs, mean: Tensor | None = None, apart: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> dx, dw, db, dpost, each None where not needed; x is the normalised input (x + pre where there was one)."""
-    step = call.backward(needs, dy, dsum)
+    """-> dx, dw, db, dpost, each None where not needed; x is the normalised input (x + pre where there was one).
+
+    `apart`: `mean` and `saved` are mean and rstd, each a tensor as of ``call.statistic``.
+    """
+    step = call.backward(needs, dy, dsum, apart)
     need_dx, need_dw, need_db, need_dpost = needs
     dx = torch.empty_like(x) if need_dx else None
     dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
@@ -331,5 +353,6 @@ def backward(
         like = dx if dx is not None else torch.empty_like(x)
         x, dy, dsum, post = _aligned(x, like), _aligned(dy, like), _aligned(dsum, like), _aligned(post, like)  # type: ignore[assignment]
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
-    step.run((x, dy, w, b, post, dsum, dx, dpost, dw, db, saved, scratch, None), (), x.get_device())
+    statistics = (mean, saved) if apart else (saved,)
+    step.run((x, dy, w, b, post, dsum, dx, dpost, dw, db, *statistics, scratch, None), (), x.get_device())
     return dx, dw, db, dpost

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from operator import index
 from typing import NoReturn
@@ -54,9 +53,9 @@ def _fail(pattern: str, shape: tuple[int, ...] | None, message: str) -> NoReturn
     raise ValueError(f"{where}: {message}")
 
 
-def _groups(text: str, side: str, pattern: str, shape: tuple[int, ...] | None) -> Groups:
+def parse_groups(text: str, side: str, pattern: str, shape: tuple[int, ...] | None = None) -> Groups:
     """``"n (g c) 1 ..."`` -> ``(("n",), ("g", "c"), (), ("...",))``; names are valid and occur once."""
-    groups: list[tuple[str, ...]] = []
+    found: list[tuple[str, ...]] = []
     inner: list[str] | None = None
     for token in _TOKEN.findall(text):
         if token == "(":
@@ -66,11 +65,11 @@ def _groups(text: str, side: str, pattern: str, shape: tuple[int, ...] | None) -
         elif token == ")":
             if inner is None:
                 _fail(pattern, shape, f"unbalanced parentheses in {side} {text.strip()!r}: ')' without '('")
-            groups.append(tuple(inner))
+            found.append(tuple(inner))
             inner = None
         elif token == "1":
             if inner is None:
-                groups.append(())
+                found.append(())
         elif token == ELLIPSIS and inner is not None:
             _fail(pattern, shape, f"'...' inside parentheses in {side} {text.strip()!r}; expected it outside")
         elif token != ELLIPSIS and not token.isidentifier():
@@ -78,26 +77,25 @@ def _groups(text: str, side: str, pattern: str, shape: tuple[int, ...] | None) -
         elif inner is not None:
             inner.append(token)
         else:
-            groups.append((token,))
+            found.append((token,))
     if inner is not None:
         _fail(pattern, shape, f"unbalanced parentheses in {side} {text.strip()!r}: '(' without ')'")
-    names = [name for group in groups for name in group]
+    names = [name for group in found for name in group]
     for name in names:
         if names.count(name) > 1:
             _fail(pattern, shape, f"{name!r} is repeated in {side} {text.strip()!r}; expected each name once")
-    return tuple(groups)
+    return tuple(found)
 
 
-@lru_cache(maxsize=1024)
 def _syntax(
     pattern: str, affine: str | None, lengths: tuple[tuple[str, int], ...], shape: tuple[int, ...] | None
 ) -> _Syntax:
     sides = pattern.split("->")
     if len(sides) != 2:
         _fail(pattern, shape, f"expected one '->' as in 'n c h w -> n', got {len(sides) - 1}")
-    left = _groups(sides[0], "left side", pattern, shape)
-    right = _groups(sides[1], "right side", pattern, shape)
-    params = () if affine is None else _groups(affine, "affine", pattern, shape)
+    left = parse_groups(sides[0], "left side", pattern, shape)
+    right = parse_groups(sides[1], "right side", pattern, shape)
+    params = () if affine is None else parse_groups(affine, "affine", pattern, shape)
     known = {name for group in left for name in group}
     for side, groups in (("right side", right), ("affine", params)):
         for name in (name for group in groups for name in group):
@@ -113,7 +111,6 @@ def _syntax(
     return _Syntax(left, right, params)
 
 
-@lru_cache(maxsize=4096)
 def _parse(pattern: str, shape: tuple[int, ...], affine: str | None, lengths: tuple[tuple[str, int], ...]) -> Pattern:
     syntax, given = _syntax(pattern, affine, lengths, shape), dict(lengths)
     spread = (ELLIPSIS,) in syntax.left
@@ -165,7 +162,7 @@ def _split(
     unknown = [name for name in group if name not in given]
     if len(unknown) > 1:
         _fail(pattern, shape, f"lengths of {unknown} in {spelled} are unknown; expected all but one, as {unknown[0]}=…")
-    known = prod(given[name] for name in group if name in given)
+    known = prod([given[name] for name in group if name in given])
     told = ", ".join(f"{name}={given[name]}" for name in group if name in given)
     if unknown:
         if len(group) > 1 and (known == 0 or size % known):
@@ -181,7 +178,7 @@ def _key(lengths: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
 
 
 def parse(pattern: str, shape: tuple[int, ...], affine: str | None, lengths: Mapping[str, int]) -> Pattern:
-    """Apply a pattern to the shape of x.  Cached.
+    """Apply a pattern to the shape of x.
 
     Args:
         pattern: ``"n (g c) h w -> n g"``.  Left: a name, ``1`` or a group ``(g c)`` for each axis of x, at most one

@@ -2,12 +2,15 @@
 
 s = x + pre_add      mean = E[s]      rstd = 1/sqrt(E[(s - mean)^2] + eps)      (RMS: mean = 0)
 y = act((s - mean) * rstd * weight + bias + post_add)
+
+Its gradient and its tangent too, of operations that PyTorch differentiates again: second derivatives come from them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import pi, sqrt
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +31,36 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "hardswish": F.hardswish,
+}
+
+
+def _silu_derivative(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))
+
+
+def _gelu_derivative(z: Tensor) -> Tensor:
+    """Phi(z) + z phi(z)."""
+    return 0.5 * (1 + torch.erf(z * sqrt(0.5))) + z * torch.exp(-0.5 * z * z) / sqrt(2 * pi)
+
+
+def _gelu_tanh_derivative(z: Tensor) -> Tensor:
+    k, c = sqrt(2 / pi), 0.044715
+    t = torch.tanh(k * (z + c * z * z * z))
+    return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * k * (1 + 3 * c * z * z)
+
+
+# Not those of ATen (silu_backward ...): some of them have no derivative of their own.
+DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": torch.ones_like,
+    "relu": lambda z: (z > 0).to(z.dtype),
+    "leaky_relu": lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype),
+    "silu": _silu_derivative,
+    "gelu": _gelu_derivative,
+    "gelu_tanh": _gelu_tanh_derivative,
+    "sigmoid": lambda z: torch.sigmoid(z) * (1 - torch.sigmoid(z)),
+    "tanh": lambda z: 1 - torch.tanh(z).square(),
+    "hardswish": lambda z: torch.where(z <= -3, 0, torch.where(z < 3, z / 3 + 0.5, 1)).to(z.dtype),
 }
 
 
@@ -58,6 +91,7 @@ def normalize(
     post_add: Tensor | None = None,
     mean: Tensor | None = None,
     var: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Normalise x over `axes`; autograd flows to x, weight, bias, pre_add and post_add.
 
@@ -69,9 +103,10 @@ def normalize(
         weight, bias, pre_add, post_add: broadcast against x.
         center: False for RMS: no mean is subtracted and the second moment is E[s^2].
         mean, var: statistics to use instead of x's, broadcastable against x.
+        out_dtype: the dtype of y, x's without.
 
     Returns:
-        ``(y, s, mean, rstd)``: y with x's dtype and memory format; s = x + pre_add, rounded to
+        ``(y, s, mean, rstd)``: y with x's memory format; s = x + pre_add, rounded to
         ``torch.result_type(x, pre_add)`` before the statistics (x itself without pre_add); mean (None unless `center`)
         and rstd with the averaged axes kept as size 1.
 
@@ -86,8 +121,8 @@ def normalize(
     if not axes and (var is None or (center and mean is None)):
         raise ValueError("axes is empty: nothing to average over")
     axes = tuple(axes)
-    s = x if pre_add is None else _as(x + pre_add, torch.result_type(x, pre_add), x)
-    work = torch.float64 if s.dtype == torch.float64 else torch.float32
+    s = x if pre_add is None else _as(total := x + pre_add, total.dtype, x)
+    work = _work(s)
     h = s.to(work)
     if center:
         mean = h.mean(axes, keepdim=True) if mean is None else mean.to(work)
@@ -96,13 +131,116 @@ def normalize(
         mean = None
     var = h.square().mean(axes, keepdim=True) if var is None else var.to(work)
     rstd = torch.rsqrt(var + eps)
-    h = h * rstd
+    y = ACTIVATIONS[activation or "identity"](_affine(h * rstd, weight, bias, post_add))
+    return _as(y, out_dtype or x.dtype, x), s, mean, rstd
+
+
+def gradients(
+    dy: Tensor,
+    s: Tensor,
+    axes: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+    center: bool = True,
+    activation: str | None = None,
+    post_add: Tensor | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    given: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """-> ds, dweight, dbias, dpost_add (g, in the dtype of the statistics) of :func:`normalize`, for one of y.
+
+        g = dy act'(z)      dweight = sum g xhat      dbias = sum g
+        ds = rstd (g weight - E[g weight] - xhat E[g weight xhat])
+
+    `mean` and `rstd`: those of s, computed again (and differentiable) where they are None; with `given` they are no
+    functions of s, which leaves rstd g weight.  Other arguments as in `normalize`.
+    """
+    work = _work(s)
+    xhat, scale = _standardised(s.to(work), axes, eps, center, mean, rstd)
+    g = _through(dy.to(work), xhat, weight, bias, post_add, activation)
+    dweight = None if weight is None else (g * xhat).sum_to_size(weight.shape).to(weight.dtype)
+    dbias = None if bias is None else g.sum_to_size(bias.shape).to(bias.dtype)
+    h = g if weight is None else g * weight.to(work)
+    return _as(_projected(h, xhat, scale, axes, center, given), s.dtype, s), dweight, dbias, g
+
+
+def tangent(
+    s: Tensor,
+    axes: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    post_add: Tensor | None,
+    tangents: Sequence[Tensor | None],
+    *,
+    eps: float = 1e-5,
+    center: bool = True,
+    activation: str | None = None,
+    mean: Tensor | None = None,
+    rstd: Tensor | None = None,
+    given: bool = False,
+) -> Tensor:
+    """The tangent of y, in the dtype of the statistics, for those of s, weight, bias and post_add.
+
+    z' = xhat' weight + xhat weight' + bias' + post_add'      y' = act'(z) z'
+    xhat' = rstd (s' - E[s'] - xhat E[xhat s'])
+    """
+    work = _work(s)
+    ds, dweight, dbias, dpost = (None if t is None else t.to(work) for t in tangents)
+    xhat, scale = _standardised(s.to(work), axes, eps, center, mean, rstd)
+    dz = torch.zeros_like(xhat)
+    if ds is not None:
+        dz = _projected(ds, xhat, scale, axes, center, given)
+        dz = dz if weight is None else dz * weight.to(work)
+    for term in (None if dweight is None else xhat * dweight, dbias, dpost):
+        if term is not None:
+            dz = dz + term
+    return _through(dz, xhat, weight, bias, post_add, activation)
+
+
+def _work(s: Tensor) -> torch.dtype:
+    return torch.float64 if s.dtype == torch.float64 else torch.float32
+
+
+def _standardised(
+    h: Tensor, axes: Sequence[int], eps: float, center: bool, mean: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """xhat and rstd."""
+    axes = tuple(axes)
+    if center:
+        h = h - (h.mean(axes, keepdim=True) if mean is None else mean)
+    if rstd is None:
+        rstd = torch.rsqrt(h.square().mean(axes, keepdim=True) + eps)
+    return h * rstd, rstd
+
+
+def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None, post_add: Tensor | None) -> Tensor:
     if weight is not None:
-        h = h * weight.to(work)
+        xhat = xhat * weight.to(xhat.dtype)
     for term in (bias, post_add):
         if term is not None:
-            h = h + term.to(work)
-    return _as(ACTIVATIONS[activation or "identity"](h), x.dtype, x), s, mean, rstd
+            xhat = xhat + term.to(xhat.dtype)
+    return xhat
+
+
+def _through(
+    g: Tensor, xhat: Tensor, weight: Tensor | None, bias: Tensor | None, post_add: Tensor | None, activation: str | None
+) -> Tensor:
+    """g act'(z)"""
+    if activation in (None, "identity"):
+        return g
+    return g * DERIVATIVES[activation](_affine(xhat, weight, bias, post_add))
+
+
+def _projected(h: Tensor, xhat: Tensor, rstd: Tensor, axes: Sequence[int], center: bool, given: bool) -> Tensor:
+    """rstd (h - E[h] - xhat E[h xhat]): the derivative of xhat, a symmetric map."""
+    if given:
+        return rstd * h
+    axes = tuple(axes)
+    c1 = (h * xhat).mean(axes, keepdim=True)
+    return rstd * ((h - h.mean(axes, keepdim=True) if center else h) - xhat * c1)
 
 
 def _fits(shape: Sequence[int], target: Sequence[int]) -> bool:

@@ -36,6 +36,11 @@ class _Poisoned:
         t = torch.empty_like(*args, **kwargs)
         return t.fill_(float("nan")) if t.is_floating_point() else t
 
+    @staticmethod
+    def empty_strided(*args: Any, **kwargs: Any) -> torch.Tensor:
+        t = torch.empty_strided(*args, **kwargs)
+        return t.fill_(float("nan")) if t.is_floating_point() else t
+
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,17 @@ ROOT = Path(__file__).resolve().parents[1]
 # From right to left; a module may import modules of the rows above its own.
 LAYERS = (
     {"kernels", "layout", "pattern"},
-    {"schedule", "activations", "compiled"},
+    {"schedule", "activations", "compiled", "form"},
     {"ticketing"},
     {"plan"},
     {"plan_cooperative"},
     {"plan_forward", "plan_backward"},
     {"reference", "checks", "counters"},
     {"launch"},
-    {"autograd"},
+    {"calls", "composed"},
+    {"operators"},
+    {"transforms"},
+    {"autograd", "traced"},
     {"functional"},
     {"nn"},
     {"__init__"},
@@ -37,6 +40,8 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ONLY = {
     "layout": set(),
     "pattern": set(),
+    "form": {".layout", ".pattern"},
+    "composed": {"torch", ".reference", ".checks", ".plan"},
     "schedule": {".layout"},
     "ticketing": {".layout", ".schedule"},
     "reference": {"torch", ".activations", ".layout", ".pattern"},
@@ -47,8 +52,8 @@ ONLY = {
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {
-        "torch", "triton", ".compiled", ".checks", ".counters", ".layout", ".plan", ".plan_forward", ".plan_backward",
-        ".schedule",
+        "torch", "triton", ".compiled", ".checks", ".counters", ".form", ".layout", ".plan", ".plan_forward",
+        ".plan_backward", ".schedule",
     },
 }
 
