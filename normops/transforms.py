@@ -54,9 +54,15 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        x, weight, bias, pre_add, post_add, mean, var = ctx.saved_tensors
+        with forward_ad._set_fwd_grad_enabled(True):
+            return Forward._jvp(ctx, *tangents[:5])
+
+    @staticmethod
+    def _jvp(
+        ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, tpre: Tensor | None, tpost: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, pre_add, post_add, mean, var = _primals(ctx.saved_tensors)
         pattern, affine, lengths, center, eps, activation, out_dtype = ctx.options
-        tx, tw, tb, tpre, tpost = tangents[:5]
         s, ts = x, tx
         if pre_add is not None:
             s = x + pre_add
@@ -103,8 +109,9 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
-        function, primals = _gradient(ctx.saved_tensors, ctx.options)
-        found = _pushforward(function, primals, tangents[:6])
+        with forward_ad._set_fwd_grad_enabled(True):
+            function, primals = _gradient(_primals(ctx.saved_tensors), ctx.options)
+            found = _pushforward(function, primals, tangents[:6])
         return tuple(t if wanted else None for t, wanted in zip(found, ctx.options[-1], strict=True))
 
     @staticmethod
@@ -148,6 +155,13 @@ def gradients(
         dx.to(dtypes[1]) if need_pre and dx is not None else None,
         dy.to(dtypes[2]) if need_post and plain else dpost,
     )  # fmt: skip
+
+
+def _primals(saved: Tensors) -> list[Any]:
+    """What was saved, without the tangents of this level.  PyTorch calls jvp with forward mode off, which loses the
+    tangents of the levels around it too (a jvp of a jvp would be 0): it is on here, and only this level's are taken
+    away."""
+    return [None if t is None else forward_ad.unpack_dual(t).primal for t in saved]
 
 
 def _gradient(saved: Tensors, options: Sequence[Any]) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor | None]]:
