@@ -19,7 +19,6 @@ from . import autograd, calls, checks, composed, traced
 from .checks import Axes, Operands
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
-EPS32, EPS64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -277,7 +276,9 @@ def rms_norm(
         )  # fmt: skip
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if eps is None:
-        eps = EPS64 if isinstance(input, Tensor) and input.dtype == torch.float64 else EPS32
+        # Not a constant of this module: a compiler would take that for something that may change.
+        double = isinstance(input, Tensor) and input.dtype == torch.float64
+        eps = torch.finfo(torch.float64 if double else torch.float32).eps
     return _run(
         checks.trailing, ("rms_norm", shape), activation, out_dtype, eps, input, weight, None, pre_add, post_add,
         False,
