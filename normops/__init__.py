@@ -1,4 +1,13 @@
-"""normops: one normalisation over any axis group, as hand-written Triton kernels, forward and backward."""
+"""normops: one normalisation over any axis group, as hand-written Triton kernels, forward and backward.
+
+:func:`normalize` takes any axes; :mod:`normops.functional` and :mod:`normops.nn` have PyTorch's norms by their names.
+
+>>> import torch, normops
+>>> normops.__version__.count(".")
+2
+>>> normops.normalize(torch.randn(2, 4), 1, activation="relu").shape
+torch.Size([2, 4])
+"""
 
 __version__ = "0.1.0"
 

@@ -127,7 +127,8 @@ class Counted:
             return None
         varying = ((n, step) for sizes, steps in zip(self["SPACE"], coordinates[:4], strict=True)
                    for n, step in zip(sizes, steps, strict=bool(steps)) if step)  # fmt: skip
-        return prod(n or self["N0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
+        count: int = prod(n or self["N0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
+        return count
 
 
 # One function for each jit function that moves something, in the kernels' own order.

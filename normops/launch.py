@@ -230,7 +230,10 @@ class Call:
         self.x, self.pre, self.post = (None if t is None else t.stride() for t in (x, pre_add, post_add))
         self.copied = not all(self._follows(s) for s in (self.x, self.pre, self.post))
         self.out_dtype = x.dtype if out_dtype is None else out_dtype
-        """The dtype of y."""
+        """The dtype of y; whether it is x's."""
+        self.keeps_dtype = self.out_dtype == x.dtype
+        self.eager: Step | None = None
+        """The step of forward(True, False), once it was planned: of almost every call."""
         self._forward: dict[Any, Step] = {}
         self._backward: dict[Any, Step] = {}
 
@@ -267,6 +270,8 @@ class Call:
             plan = plan_forward(self.spec, shapes, self.itemsize, self.acc, given, self.limits, self.facts)
             names, pieces = (FORWARD_APART, ()) if apart else (FORWARD, self.spec.statistics if saved else ())
             step = self._forward[saved, apart] = Step(plan, names, pieces)
+            if saved and not apart:
+                self.eager = step
         return step
 
     def backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None, apart: bool) -> Step:
@@ -315,7 +320,7 @@ def forward(
     Given statistics come as `mean` and `var`, or as `saved`.  `apart`: `mean` and `saved` are mean and rstd, each a
     tensor as of ``call.statistic``: to write to, or given.
     """
-    y = torch.empty_like(x) if call.out_dtype == x.dtype else torch.empty_like(x, dtype=call.out_dtype)
+    y = torch.empty_like(x) if call.keeps_dtype else torch.empty_like(x, dtype=call.out_dtype)
     source, total = x, None
     if pre is not None:
         total = torch.empty_like(x, dtype=call.sum_dtype)
@@ -325,7 +330,9 @@ def forward(
         source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
     if not call.given and not apart:
         saved = torch.empty(call.saved_elements, dtype=call.acc, device=x.device)
-    step = call.forward(saved is not None, apart)
+    step = call.eager if saved is not None and not apart else None
+    if step is None:
+        step = call.forward(saved is not None, apart)
     scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
     step.run(
         (source, pre, None if pre is None else total, w, b, post, y, mean, var, running_mean, running_var, saved,

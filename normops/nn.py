@@ -1,30 +1,71 @@
 """torch.nn with fused norms: ``from normops import nn`` serves code written for ``from torch import nn``.
 
 Every other name is torch.nn's own.  The norms are subclasses of torch's, with the same arguments, state_dict and repr;
-they take ``activation`` when built, and ``pre_add`` and ``post_add`` when called:
+they take ``activation`` and ``out_dtype`` when built, and ``pre_add`` and ``post_add`` when called:
 
-    y = act(norm(x + pre_add) * weight + bias + post_add)
+    y = act((s - mean) / sqrt(var + eps) * weight + bias + post_add)        s = x + pre_add
 
-A call with ``pre_add`` returns ``(y, x + pre_add)``, any other returns y.
+A call with ``pre_add`` returns ``(y, s)``, any other returns y.  x is float16, bfloat16, float32 or float64, the
+parameters too; statistics are float32 (float64 for float64), and y has ``out_dtype``, or x's dtype without, under
+autocast too.  An unknown ``activation`` raises ValueError when a module is built, an ``out_dtype`` that is none of the
+four TypeError; calls raise what the functions of :mod:`normops.functional` do.
+
+>>> import torch
+>>> from normops import nn
+>>> norm = nn.RMSNorm(4, activation="silu")
+>>> y, hidden = norm(torch.ones(2, 4), pre_add=torch.ones(2, 4))
+>>> hidden[0].tolist()
+[2.0, 2.0, 2.0, 2.0]
 """
+
+# ruff: noqa: F403
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
-from torch.nn import *  # noqa: F403
+from torch.fx import Proxy
 from torch.nn.modules import batchnorm, instancenorm
 
 from . import functional as F
 from .pattern import affine_shape
+from .plan import DTYPES
 from .reference import check_activation
+
+if TYPE_CHECKING:  # all but the norms: of a name that is defined twice, mypy takes the first for good
+    from torch.nn import Buffer as Buffer
+    from torch.nn import Parameter as Parameter
+    from torch.nn import functional as functional
+    from torch.nn import init as init
+    from torch.nn import utils as utils
+    from torch.nn.modules.activation import *
+    from torch.nn.modules.adaptive import *
+    from torch.nn.modules.channelshuffle import *
+    from torch.nn.modules.container import *
+    from torch.nn.modules.conv import *
+    from torch.nn.modules.distance import *
+    from torch.nn.modules.dropout import *
+    from torch.nn.modules.flatten import *
+    from torch.nn.modules.fold import *
+    from torch.nn.modules.linear import *
+    from torch.nn.modules.loss import *
+    from torch.nn.modules.module import *
+    from torch.nn.modules.padding import *
+    from torch.nn.modules.pixelshuffle import *
+    from torch.nn.modules.pooling import *
+    from torch.nn.modules.rnn import *
+    from torch.nn.modules.sparse import *
+    from torch.nn.modules.transformer import *
+    from torch.nn.modules.upsampling import *
+else:
+    from torch.nn import *
 
 __all__ = sorted({n for n in dir(torch.nn) if not n.startswith("_")} | {"LayerNorm2d", "Normalize"})
 
-Output = Tensor | tuple[Tensor, Tensor]
+Output = Tensor | F.Pair
 """y, or ``(y, x + pre_add)`` of a call with pre_add."""
 
 
@@ -42,58 +83,75 @@ def __dir__() -> list[str]:
 
 
 class _Fused(torch.nn.Module):
-    """What the norms share: the keyword-only `activation`, checked when the module is built."""
+    """What the norms share: the keyword-only `activation` and `out_dtype`, checked when the module is built."""
 
-    activation: str | None = None  # on the class, so that a module unpickled or converted from torch's has it too
+    # On the class, so that a module unpickled or converted from torch's has them too.
+    activation: str | None = None
+    out_dtype: torch.dtype | None = None
 
-    def __init__(self, *args: Any, activation: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
         check_activation(activation)
+        if out_dtype is not None and out_dtype not in DTYPES:
+            raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
         super().__init__(*args, **kwargs)
-        self.activation = activation
+        self.activation, self.out_dtype = activation, out_dtype
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __call__(self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ...) -> Tensor: ...
+        @overload
+        def __call__(self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ...) -> F.Pair: ...
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def extra_repr(self) -> str:
         return self._repr(super().extra_repr())
 
     def _repr(self, base: str) -> str:
-        return base if self.activation is None else f"{base}, activation={self.activation}"
+        extras = {"activation": self.activation, "out_dtype": self.out_dtype}
+        return ", ".join([base, *(f"{name}={value}" for name, value in extras.items() if value is not None)])
 
     def _extras(self, pre_add: Tensor | None, post_add: Tensor | None) -> dict[str, Any]:
-        return {"activation": self.activation, "pre_add": pre_add, "post_add": post_add}
+        return {
+            "activation": self.activation, "pre_add": pre_add, "post_add": post_add, "out_dtype": self.out_dtype
+        }  # fmt: skip
+
+    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any) -> Any:
+        """One node in a graph of torch.fx, which takes only the modules of torch.nn for leaves of its own accord."""
+        adds = {name: t for name, t in (("pre_add", pre_add), ("post_add", post_add)) if t is not None}
+        tracer: Any = input.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), adds)
 
 
 class _BatchNorm(_Fused, batchnorm._BatchNorm):
-    def forward(  # type: ignore[override]
-        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
-        self._check_input_dim(input)
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+        if isinstance(input, Proxy):
+            return self._leaf(input, pre_add, post_add)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracking = self.training and self.track_running_stats
         counter = self.num_batches_tracked if tracking else None
-        momentum = 0.0 if self.momentum is None else self.momentum
-        if counter is not None and self.momentum is None:  # cumulative average
-            momentum = 1.0 / (float(counter) + 1.0)
+        momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
+        if counter is not None and self.momentum is None:  # cumulative average; a graph holds no number of a tensor
+            momentum = 1.0 / ((counter.double() if torch.compiler.is_compiling() else float(counter)) + 1.0)
         used = not self.training or self.track_running_stats
-        result = F.batch_norm(
-            input,
-            self.running_mean if used else None,
-            self.running_var if used else None,
-            self.weight,
-            self.bias,
-            self.training or (self.running_mean is None and self.running_var is None),
-            momentum,
-            self.eps,
+        result: Output = F.batch_norm(
+            input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
+            self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
             **self._extras(pre_add, post_add),
-        )
+        )  # fmt: skip
         if counter is not None:
             counter.add_(1)  # torch counts before the call; here a call that raises leaves no trace
         return result
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
-    def forward(  # type: ignore[override]
-        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
-        self._check_input_dim(input)
-        rank = self._get_no_batch_dim()
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+        if isinstance(input, Proxy):
+            return self._leaf(input, pre_add, post_add)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         axis = input.dim() - rank
         if input.size(axis) != self.num_features:
             if self.affine:
@@ -115,70 +173,108 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
     def _apply_instance_norm(
         self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None
     ) -> Output:
-        return F.instance_norm(
-            input,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training or not self.track_running_stats,
-            self.momentum if self.momentum is not None else 0.0,
-            self.eps,
-            **self._extras(pre_add, post_add),
-        )
+        result: Output = F.instance_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias,
+            self.training or not self.track_running_stats, self.momentum if self.momentum is not None else 0.0,
+            self.eps, **self._extras(pre_add, post_add),
+        )  # fmt: skip
+        return result
 
 
-class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):  # type: ignore[no-redef]
-    """`torch.nn.BatchNorm1d`, (N, C) or (N, C, L), with activation, pre_add and post_add."""
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` with the extras: mean and variance over (N, L) for each channel of (N, C) or (N, C, L).
+
+    >>> import torch, normops
+    >>> normops.nn.BatchNorm1d(3, activation="relu")(torch.randn(4, 3)).shape
+    torch.Size([4, 3])
+    """
 
 
-class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):  # type: ignore[no-redef]
-    """`torch.nn.BatchNorm2d`, (N, C, H, W), with activation, pre_add and post_add."""
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` with the extras: mean and variance over (N, H, W) for each channel of (N, C, H, W).
+
+    >>> import torch, normops
+    >>> normops.nn.BatchNorm2d(3, activation="relu")(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
 
 
-class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):  # type: ignore[no-redef]
-    """`torch.nn.BatchNorm3d`, (N, C, D, H, W), with activation, pre_add and post_add."""
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` with the extras: mean and variance over (N, D, H, W) for each channel of (N, C, D, H, W).
+
+    >>> import torch, normops
+    >>> normops.nn.BatchNorm3d(3, momentum=None)(torch.randn(2, 3, 2, 2, 2)).shape
+    torch.Size([2, 3, 2, 2, 2])
+    """
 
 
-class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):  # type: ignore[no-redef]
-    """`torch.nn.InstanceNorm1d`, (N, C, L) or (C, L), with activation, pre_add and post_add."""
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    """`torch.nn.InstanceNorm1d` with the extras: over L for each sample and channel of (N, C, L) or (C, L).
+
+    >>> import torch, normops
+    >>> normops.nn.InstanceNorm1d(3)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
 
 
-class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):  # type: ignore[no-redef]
-    """`torch.nn.InstanceNorm2d`, (N, C, H, W) or (C, H, W), with activation, pre_add and post_add."""
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    """`torch.nn.InstanceNorm2d` with the extras: over (H, W) for each sample and channel of (N, C, H, W) or (C, H, W).
+
+    >>> import torch, normops
+    >>> normops.nn.InstanceNorm2d(3, affine=True)(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
+    """
 
 
-class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):  # type: ignore[no-redef]
-    """`torch.nn.InstanceNorm3d`, (N, C, D, H, W) or (C, D, H, W), with activation, pre_add and post_add."""
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    """`torch.nn.InstanceNorm3d` with the extras: over (D, H, W) for each channel of (N, C, D, H, W) or (C, D, H, W).
+
+    >>> import torch, normops
+    >>> normops.nn.InstanceNorm3d(3)(torch.randn(3, 2, 2, 2)).shape
+    torch.Size([3, 2, 2, 2])
+    """
 
 
-class GroupNorm(_Fused, torch.nn.GroupNorm):  # type: ignore[no-redef]
-    """`torch.nn.GroupNorm`, (N, C, ...), with activation, pre_add and post_add."""
+class GroupNorm(_Fused, torch.nn.GroupNorm):
+    """`torch.nn.GroupNorm` with the extras: over (C / num_groups, ...) of (N, C, ...).
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
+    >>> import torch, normops
+    >>> normops.nn.GroupNorm(2, 4, activation="silu")(torch.randn(2, 4, 5)).shape
+    torch.Size([2, 4, 5])
+    """
+
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
         extras = self._extras(pre_add, post_add)
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
+        result: Output = F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
+        return result
 
 
-class LayerNorm(_Fused, torch.nn.LayerNorm):  # type: ignore[no-redef]
-    """`torch.nn.LayerNorm`, (..., *normalized_shape), with activation, pre_add and post_add."""
+class LayerNorm(_Fused, torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` with the extras: over the last axes of (..., *normalized_shape).
 
-    def forward(  # type: ignore[override]
-        self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
+    >>> import torch, normops
+    >>> normops.nn.LayerNorm([3, 4])(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
         extras = self._extras(pre_add, post_add)
-        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
+        result: Output = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
+        return result
 
 
-class RMSNorm(_Fused, torch.nn.RMSNorm):  # type: ignore[no-redef]
-    """`torch.nn.RMSNorm`, (..., *normalized_shape), with activation, pre_add and post_add."""
+class RMSNorm(_Fused, torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` with the extras: over the last axes of (..., *normalized_shape), without a mean.
 
-    def forward(  # type: ignore[override]
-        self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
+    >>> import torch, normops
+    >>> normops.nn.RMSNorm(4, eps=1e-6)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
+    """
+
+    def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+        extras = self._extras(pre_add, post_add)
+        result: Output = F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **extras)
+        return result
 
 
 class _Parameters(torch.nn.Module):
@@ -206,7 +302,12 @@ class _Parameters(torch.nn.Module):
 class LayerNorm2d(_Fused, _Parameters):
     """LayerNorm over the channels of (N, C, ...), any rank from 2 on, in any memory format: ConvNeXt's LayerNorm2d.
 
-    weight and bias have shape (C,).  Raises ValueError where axis 1 of the input is not `num_channels`.
+    weight and bias have shape (C,).  Raises ValueError where axis 1 of the input is not `num_channels`.  Source: Liu et
+    al. 2022 (ConvNeXt).
+
+    >>> import torch, normops
+    >>> normops.nn.LayerNorm2d(3, eps=1e-6)(torch.randn(2, 3, 4, 4)).shape
+    torch.Size([2, 3, 4, 4])
     """
 
     def __init__(
@@ -217,18 +318,24 @@ class LayerNorm2d(_Fused, _Parameters):
         *,
         bias: bool = True,
         activation: str | None = None,
+        out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__((num_channels,) if affine else None, bias, device, dtype, activation=activation)
+        shape = (num_channels,) if affine else None
+        super().__init__(shape, bias, device, dtype, activation=activation, out_dtype=out_dtype)
         self.num_channels, self.eps, self.affine = num_channels, eps, affine
 
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:
+        if isinstance(input, Proxy):
+            return self._leaf(input, pre_add, post_add)
         if input.dim() < 2 or input.size(1) != self.num_channels:
             raise ValueError(f"expected input of shape (N, {self.num_channels}, ...), got {tuple(input.shape)}")
-        shape = (-1,) + (1,) * (input.dim() - 2)
-        weight, bias = (None if p is None else p.view(shape) for p in (self.weight, self.bias))
-        return F.normalize(input, (1,), weight, bias, eps=self.eps, **self._extras(pre_add, post_add))
+        result: Output = F.normalize(
+            input, "n c ... -> n ...", self.weight, self.bias, eps=self.eps, affine="c" if self.affine else None,
+            **self._extras(pre_add, post_add),
+        )  # fmt: skip
+        return result
 
     def extra_repr(self) -> str:
         return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
@@ -246,6 +353,10 @@ class Normalize(_Fused, _Parameters):
     Raises:
         ValueError: a malformed pattern, an unused length, a name in `affine` without one, an unknown activation; when
             called, an input that does not fit.
+
+    >>> import torch, normops
+    >>> normops.nn.Normalize("b ... d -> b ...", affine="d", center=False, d=4)(torch.randn(2, 3, 4)).shape
+    torch.Size([2, 3, 4])
     """
 
     def __init__(
@@ -257,17 +368,19 @@ class Normalize(_Fused, _Parameters):
         center: bool = True,
         bias: bool = True,
         activation: str | None = None,
+        out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **lengths: int,
     ) -> None:
-        shape = affine_shape(pattern, affine, lengths)
-        super().__init__(None if affine is None else shape, bias, device, dtype, activation=activation)
+        shape = affine_shape(pattern, affine, lengths)  # checks the pattern, also where there are no parameters
+        wanted = None if affine is None else shape
+        super().__init__(wanted, bias, device, dtype, activation=activation, out_dtype=out_dtype)
         self.pattern, self.affine, self.eps, self.center = pattern, affine, eps, center
         self.lengths: dict[str, Any] = lengths
 
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:
-        return F.normalize(
+        result: Output = F.normalize(
             input,
             self.pattern,
             self.weight,
@@ -278,6 +391,7 @@ class Normalize(_Fused, _Parameters):
             **self._extras(pre_add, post_add),
             **self.lengths,
         )
+        return result
 
     def extra_repr(self) -> str:
         parts = [repr(self.pattern), f"affine={self.affine!r}", f"eps={self.eps}", f"center={self.center}"]

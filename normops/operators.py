@@ -17,7 +17,7 @@ Eager calls of plain tensors do not come here: a dispatched operator costs tens 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -96,6 +96,10 @@ def spec_of(
     return Spec(form.factors(x.shape, lengths), form.reduced, form.affine, center, activation)
 
 
+@overload
+def _operand(t: Tensor) -> Tensor: ...
+@overload
+def _operand(t: Tensor | None) -> Tensor | None: ...
 def _operand(t: Tensor | None) -> Tensor | None:
     """A subclass that reaches a kernel is one in name only."""
     return t if t is None or type(t) in calls.PLAIN else t.as_subclass(Tensor)
@@ -122,13 +126,16 @@ def _forward(
     mean: Tensor | None, var: Tensor | None, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool,
     eps: float, activation: str, out_dtype: torch.dtype | None,
 ) -> Four:  # fmt: skip
-    x, pre_add, post_add, mean, var = map(_operand, (x, pre_add, post_add, mean, var))
+    x = _operand(x)
+    pre_add, post_add, mean, var = (_operand(t) for t in (pre_add, post_add, mean, var))
     weight, bias = _dense(weight), _dense(bias)
     given = var is not None
     options = (pattern, affine, _lengths(lengths))
     call = calls.find(
         checks.formed, options, activation, out_dtype, x, weight, bias, pre_add, post_add, center, mean, var, given
     )  # fmt: skip
+    assert call is not None  # of plain tensors
+    at_mean: Tensor | None
     if not call.kernels:
         y, total, at_mean, rstd = decomposed_forward(
             x, weight, bias, pre_add, post_add, mean, var, *options, center, eps, activation, out_dtype
@@ -138,7 +145,7 @@ def _forward(
     at_mean = call.statistic(x) if center else None
     if var is not None:
         torch.rsqrt(var.reshape(call.kept).to(call.acc) + eps, out=rstd)
-        if at_mean is not None:
+        if at_mean is not None and mean is not None:
             at_mean.copy_(mean.reshape(call.kept))
     y, total, _ = launch.forward(
         call, x, weight, bias, pre_add, post_add, eps, mean=at_mean, saved=rstd, apart=True
@@ -151,18 +158,21 @@ def _backward(
     mean: Tensor, rstd: Tensor, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool, given: bool,
     eps: float, activation: str, output_mask: Sequence[bool],
 ) -> Four:  # fmt: skip
-    dy, dsum, x, post_add, mean, rstd = map(_operand, (dy, dsum, x, post_add, mean, rstd))
+    dy, x, mean, rstd = (_operand(t) for t in (dy, x, mean, rstd))
+    dsum, post_add = _operand(dsum), _operand(post_add)
     weight, bias = _dense(weight), _dense(bias)
     options = (pattern, affine, _lengths(lengths))
     call = calls.find(
         checks.formed, options, activation, None, x, weight, bias, None, post_add, center, given=given
     )
+    assert call is not None
     if not call.kernels:
         return decomposed_backward(
             dy, dsum, x, weight, bias, post_add, mean, rstd, *options, center, given, eps, activation, output_mask
         )
+    need_x, need_w, need_b, need_post = output_mask
     found = launch.backward(
-        call, dy, dsum, x, weight, bias, post_add, _placed(rstd, call), tuple(output_mask),
+        call, dy, dsum, x, weight, bias, post_add, _placed(rstd, call), (need_x, need_w, need_b, need_post),
         mean=_placed(mean, call) if center else None, apart=True,
     )  # fmt: skip
     dx, dw, db, dpost = (x.new_empty(0) if t is None else t for t in found)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.compiler import is_dynamo_compiling
 
-from . import calls, checks, operators, transforms
+from . import calls, checks, operators, sharding, transforms
 from .checks import Axes, Operands
 
 decomposing = False
@@ -60,6 +61,8 @@ def normalize(
 ) -> tuple[Axes, Result]:  # fmt: skip
     """What a call means, and y, sum (None without pre_add), mean (None for RMS) and rstd, shaped like the kept axes of
     the split shape.  With `given`, running statistics stand in for those of x."""
+    if not is_dynamo_compiling():
+        sharding.meet(operands.x)
     axes = calls.checked(check, options, activation, out_dtype, operands)
     x, weight, bias, pre_add, post_add, mean, var = operands
     if not given:
@@ -69,14 +72,23 @@ def normalize(
     pre_add, post_add = (None if t is None else t.expand(x.shape) for t in (pre_add, post_add))
     tensors = (x, weight, bias, pre_add, post_add, mean, var)
     form = (*checks.written(axes), center, float(eps), activation or "identity", out_dtype)
-    if decomposing:
+    levels = set() if is_dynamo_compiling() else _levels()
+    if decomposing or (len(levels) > 1 and TransformType.Functionalize in levels):
         found = operators.decomposed_forward(*tensors, *form)
-    elif is_dynamo_compiling() or not torch._C._are_functorch_transforms_active():
+    elif not levels or TransformType.Functionalize in levels:
         found = operators.forward(*tensors, *form)
     else:  # torch.func must meet the Function, not the operator that holds it
-        found = transforms.Forward.apply(*tensors, *form)
+        found = transforms.Forward.apply(*tensors, *form)  # type: ignore[no-untyped-call]
     y, total, at_mean, rstd = found
     return axes, Result(y, None if pre_add is None else total, at_mean if center else None, rstd)
+
+
+def _levels() -> set[TransformType]:
+    """The transforms of torch.func that are on.  All but functionalize want autograd Functions, which it has no rule
+    for."""
+    if not torch._C._are_functorch_transforms_active():
+        return set()
+    return {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
 
 
 def _dense(t: Tensor | None, axes: Axes, sizes: list[int]) -> Tensor | None:

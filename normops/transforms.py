@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
-from . import composed, operators
+from . import composed, operators, sharding
 from .form import Form
 from .plan import accumulator
 
@@ -28,8 +29,10 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> operators.Four:
+        sharding.meet(inputs[0])  # here for vmap
         with torch._C._AutoDispatchBelowAutograd():
-            return operators.forward(*inputs)
+            found: operators.Four = operators.forward(*inputs)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Four) -> None:
@@ -38,7 +41,8 @@ class Forward(torch.autograd.Function):
         ctx.options, ctx.given = options, var is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(at_mean, rstd, *(() if pre_add is not None else (total,)))
+        summed = ctx.needs_input_grad[0] or ctx.needs_input_grad[3] or forward_ad._current_level >= 0
+        ctx.mark_non_differentiable(at_mean, rstd, *(() if pre_add is not None and summed else (total,)))
         kept = None if options[5] == "identity" else post_add
         ctx.save_for_backward(x if pre_add is None else total, weight, bias, kept, at_mean, rstd)
         ctx.save_for_forward(x, weight, bias, pre_add, post_add, mean, var)
@@ -80,7 +84,7 @@ class Forward(torch.autograd.Function):
         every = (True, own, own, True, True, True, True)
         tensors = _batched(inputs[:7], in_dims[:7], every, info.batch_size)
         form = Form.read(pattern, affine).batched(own)
-        out = Forward.apply(*tensors, *form.strings, *options)
+        out = Forward.apply(*tensors, *form.strings, *options)  # type: ignore[no-untyped-call]
         return out, (0, None if inputs[3] is None else 0, 0 if options[1] else None, 0)
 
 
@@ -91,7 +95,8 @@ class Backward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> operators.Four:
         with torch._C._AutoDispatchBelowAutograd():
-            return operators.backward(*inputs)
+            found: operators.Four = operators.backward(*inputs)
+        return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Four) -> None:
@@ -123,7 +128,8 @@ class Backward(torch.autograd.Function):
         every = (True, True, True, own, own, True, True, True)
         tensors = _batched(inputs[:8], in_dims[:8], every, info.batch_size)
         form = Form.read(pattern, affine).batched(own)
-        return Backward.apply(*tensors, *form.strings, *options), tuple(0 if wanted else None for wanted in mask)
+        out = Backward.apply(*tensors, *form.strings, *options)  # type: ignore[no-untyped-call]
+        return out, tuple(0 if wanted else None for wanted in mask)
 
 
 def gradients(
@@ -145,7 +151,8 @@ def gradients(
     mask = (need_x or need_pre, need_w, need_b, need_post and not plain)
     found: Tensors = (None,) * 4
     if any(mask):
-        found = Backward.apply(
+        run: Any = operators.backward if is_dynamo_compiling() else Backward.apply
+        found = run(
             dy, dsum, total, weight, bias, None if plain else post_add, total.new_empty(0) if mean is None else mean,
             rstd, *form, given, eps, activation, mask,
         )  # fmt: skip
@@ -170,7 +177,8 @@ def _gradient(saved: Tensors, options: Sequence[Any]) -> tuple[Callable[..., tup
     given = options[4]
 
     def function(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        return operators.decomposed_backward(*tensors, mean if given else None, rstd if given else None, *options)
+        arguments: list[Any] = [*tensors, mean if given else None, rstd if given else None, *options]
+        return operators.decomposed_backward(*arguments)
 
     return function, primals
 
@@ -221,10 +229,12 @@ def _pushforward(
 
     arguments: Any = tuple(primals[i] for i in moving)
     given: Any = tuple(tangents[i] for i in moving)
+    found: tuple[Tensor, ...]
     if _transforms_active():
-        return torch.func.jvp(along, arguments, given)[1]
-    # One level of forward mode exists outside torch.func, and it is in use: J v = d/du <J^T u, v>.
-    return torch.autograd.functional.jvp(along, arguments, given, create_graph=torch.is_grad_enabled())[1]
+        found = torch.func.jvp(along, arguments, given)[1]
+    else:  # one level of forward mode exists outside torch.func, and it is in use: J v = d/du <J^T u, v>.
+        found = torch.autograd.functional.jvp(along, arguments, given, create_graph=torch.is_grad_enabled())[1]
+    return found
 
 
 def _batched(tensors: Tensors, dims: Sequence[int | None], every: Sequence[bool], size: int) -> list[Tensor | None]:
@@ -240,6 +250,7 @@ def _register(name: str, function: Any, operator: Any, composed: Callable[..., o
     """Autograd, and vmap where it meets the operator itself."""
 
     def autograd(*inputs: Any) -> Any:
+        sharding.meet(inputs[0])  # here for compiled programs
         if _transforms_active():  # torch.func met the operator itself, and not the Function before it
             return composed(*inputs)
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:count])

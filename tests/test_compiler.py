@@ -13,7 +13,9 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import normops
 from normops import functional as F
@@ -252,6 +254,31 @@ def test_opcheck(case: tuple[Any, ...], device: torch.device) -> None:
     torch.library.opcheck(torch.ops.normops.backward.default, backward)
 
 
+@pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
+def test_make_fx_traces_forward_and_backward(mode: str, device: torch.device) -> None:
+    def gradients(x: Tensor, w: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(F.layer_norm(x, (5,), w).pow(3).sum(), (x, w))
+
+    x, w = torch.randn(2, 5, device=device, requires_grad=True), torch.ones(5, device=device, requires_grad=True)
+    graph = make_fx(gradients, tracing_mode=mode)(x, w)
+    assert "normops.forward" in graph.code and "normops.backward" in graph.code
+    same(list(graph(x, w)), list(gradients(x, w)), True)
+
+
+def test_compiled_autograd(device: torch.device) -> None:
+    """The backward of eager calls, traced by Dynamo."""
+    model = torch.nn.Sequential(nn.LayerNorm(5), torch.nn.Linear(5, 5), nn.RMSNorm(5, activation="silu")).to(device)
+    x = torch.randn(2, 6, 5, device=device, requires_grad=True)
+    leaves = [x, *model.parameters()]
+    model(x).pow(3).sum().backward()
+    expected = [t.grad for t in leaves]
+    for t in leaves:
+        t.grad = None
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        model(x).pow(3).sum().backward()
+    same([t.grad for t in leaves], expected, False)  # type: ignore[arg-type]
+
+
 def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither forward nor backward of plain tensors: an operator would cost tens of microseconds."""
 
@@ -266,3 +293,18 @@ def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatc
     for build in MODULES.values():
         results(build().to(device), batch(2, device), {})
     assert len(ran) == len(MODULES)
+
+
+@pytest.mark.parametrize("norm", ["layer_norm", "rms_norm"])
+def test_sizes_that_depend_on_data(norm: str, device: torch.device) -> None:
+    """Tokens chosen by a mask, as experts get them.  torch's own batch_norm (training) and group_norm, and ours, look
+    at the number of elements to refuse a single one, and so cannot be traced with such a size."""
+
+    def chosen(x: Tensor) -> Tensor:
+        return getattr(F, norm)(x[x[:, 0] > 0], (5,), activation="silu")  # type: ignore[no-any-return]
+
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(chosen, fullgraph=True, backend="aot_eager")
+        x = torch.randn(9, 5, device=device, requires_grad=True)
+        same([compiled(x)], [chosen(x)], True)
+        same(*(torch.autograd.grad(f(x).pow(3).sum(), x) for f in (compiled, chosen)), True)  # type: ignore[arg-type]

@@ -271,3 +271,11 @@ def test_dtypes_of_derivatives(dtype: torch.dtype, device: torch.device) -> None
     assert y.dtype == ty.dtype == dtype and total.dtype == tsum.dtype == torch.float32
     gradients = grad(lambda *a: sum(t.float().sum() for t in f(*a)), (0, 1, 2))(x, w, pre)
     assert [g.dtype for g in gradients] == [dtype, torch.float32, torch.float32]
+
+
+def test_the_sum_requires_grad_where_x_or_pre_add_does(device: torch.device) -> None:
+    x, pre, w = (torch.randn(s, device=device) for s in ((2, 4), (2, 4), (4,)))
+    for which, expected in (("x", True), ("pre", True), ("w", False)):
+        leaves = {name: t.detach().requires_grad_(name == which) for name, t in (("x", x), ("pre", pre), ("w", w))}
+        y, total = F.rms_norm(leaves["x"], (4,), leaves["w"], pre_add=leaves["pre"])
+        assert y.requires_grad and total.requires_grad == expected

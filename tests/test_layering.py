@@ -25,6 +25,7 @@ LAYERS = (
     {"launch"},
     {"calls", "composed"},
     {"operators"},
+    {"sharding"},
     {"transforms"},
     {"autograd", "traced"},
     {"functional"},

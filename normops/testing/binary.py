@@ -47,7 +47,8 @@ class Binary:
 
     @property
     def _text(self) -> str:
-        return self.asm["ptx" if self.target.backend == "cuda" else "amdgcn"]
+        text: str = self.asm["ptx" if self.target.backend == "cuda" else "amdgcn"]
+        return text
 
     def cuobjdump(self, option: str) -> str:
         """What NVIDIA's cuobjdump says of the machine code: "-sass", "-res-usage", ..."""
@@ -80,15 +81,15 @@ class Binary:
         """Threads of a program: more than num_warps has where warps are specialised."""
         if self.target.backend == "cuda" and (found := ptx.threads(self._text)):
             return found
-        return self.num_warps * self.target.warp_size
+        return self.num_warps * int(self.target.warp_size)
 
     @cached_property
     def barriers(self) -> int:
-        return (ptx if self.target.backend == "cuda" else amdgcn).barriers(self._text)
+        return ptx.barriers(self._text) if self.target.backend == "cuda" else amdgcn.barriers(self._text)
 
     @cached_property
     def atomics(self) -> int:
-        return (ptx if self.target.backend == "cuda" else amdgcn).atomics(self._text)
+        return ptx.atomics(self._text) if self.target.backend == "cuda" else amdgcn.atomics(self._text)
 
     @cached_property
     def _ptx_accesses(self) -> tuple[ptx.Access, ...]:

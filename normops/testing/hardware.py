@@ -2,6 +2,10 @@
 
 Sizes are the vendors' (CUDA C++ Programming Guide, "Compute Capabilities"; LLVM's AMDGPU guide and the CDNA3 ISA);
 bandwidths and launch floors say themselves where they come from.
+
+>>> from normops.testing import HARDWARE
+>>> sorted(HARDWARE)
+['a100', 'b200', 'h100', 'h200', 'mi300x', 'rtx4090']
 """
 
 from __future__ import annotations
@@ -17,7 +21,13 @@ KIB, MIB = 1 << 10, 1 << 20
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device.  AMD's compute units are called SMs here, its wavefronts warps."""
+    """One device.  AMD's compute units are called SMs here, its wavefronts warps.
+
+    >>> from normops.testing import HARDWARE, Hardware
+    >>> device: Hardware = HARDWARE["h200"]
+    >>> device.resident(registers=64, shared=0, threads=256)
+    4
+    """
 
     name: str
     title: str
@@ -52,7 +62,7 @@ class Hardware:
 
         The largest shared memory that the SM can be configured for is assumed.  0: not even one fits.
         """
-        warp = self.target.warp_size
+        warp: int = self.target.warp_size
         warps = -(-threads // warp)
         # Registers go to whole warps, 8 to a thread at a time; each quarter of an SM owns a quarter of them.
         each = -(-max(registers, 1) // 8) * 8 * warp

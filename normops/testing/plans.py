@@ -1,9 +1,4 @@
-"""What runs inside a block: the plan of every call of normops, forward and backward, and its operands by name.
-
->>> with plans() as planned:
-...     y = normops.functional.layer_norm(x, (64,))
->>> planned[0].plan.engine, planned[0].nbytes["y"]
-"""
+"""What runs inside a block: the plan of every call of normops, forward and backward, and its operands by name."""
 
 from __future__ import annotations
 
@@ -21,7 +16,15 @@ WHOLE = ("saved", "scratch")
 
 
 class Planned(NamedTuple):
-    """One direction of one call, as it ran."""
+    """One direction of one call, as it ran.
+
+    >>> import torch, normops
+    >>> from normops.testing import Planned, plans
+    >>> with plans() as planned:
+    ...     y = normops.functional.rms_norm(torch.randn(2, 4), (4,))
+    >>> type(planned[0]) is Planned, planned[0].itemsizes["x"], planned[0].operands["y"].shape
+    (True, 4, torch.Size([2, 4]))
+    """
 
     plan: Plan
     itemsizes: dict[str, int]
@@ -36,6 +39,13 @@ def plans() -> Iterator[list[Planned]]:
     """Yields a list that takes up every plan that runs inside the block, in order, and keeps its operands alive.
 
     Works wherever normops launches: on a GPU, in Triton's interpreter, and on a virtual device.
+
+    >>> import torch, normops
+    >>> from normops.testing import plans
+    >>> with plans() as planned:
+    ...     y = normops.functional.layer_norm(torch.randn(2, 4), (4,))
+    >>> planned[0].plan.engine, planned[0].nbytes["y"]
+    ('resident', 32)
     """
     found: list[Planned] = []
     launch = Step.launch

@@ -46,6 +46,9 @@ def prepare_once() -> None:
     value changes, and kernels made of many functions run in half the time.
 
     Does nothing outside the interpreter, or in a version of Triton that works otherwise.
+
+    >>> from normops.testing import prepare_once
+    >>> prepare_once()
     """
     global _prepared
     if _prepared is not None or not INTERPRETED or not hasattr(interpreter, "_patch_lang"):

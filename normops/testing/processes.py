@@ -172,6 +172,6 @@ class Programs:
         self._run(lambda: self._function(**arguments))
 
 
-class Executor(interpreter.GridExecutor):
+class Executor(interpreter.GridExecutor):  # type: ignore[misc]  # Triton's interpreter has no types
     def _restore_args_dev(self, *_: Any) -> None:
         """Nothing to copy back."""

@@ -1,9 +1,4 @@
-"""The programs of one grid at the same time, on a CPU: several processes run them over shared memory.
-
->>> done = race(kernel, 64, (x, total, counter), {"BLOCK": 128}, repeats=100)
->>> done.programs, done.together
-(64, 4)
-"""
+"""The programs of one grid at the same time, on a CPU: several processes run them over shared memory."""
 
 from __future__ import annotations
 
@@ -34,7 +29,13 @@ _LISTED = 12
 
 
 class Race(NamedTuple):
-    """What ran."""
+    """What ran.
+
+    >>> from normops.testing import Race
+    >>> done = Race(launches=2, programs=6, share=(5, 7), together=2)
+    >>> sum(done.share) == done.launches * done.programs
+    True
+    """
 
     launches: int
     programs: int
@@ -293,6 +294,17 @@ def race(
     where each is, and those that have not begun), RuntimeError with the traceback for an exception in a program, for a
     process that dies, outside the interpreter (``TRITON_INTERPRET=1``) and on platforms without fork, ValueError for
     arguments that it cannot run.  No process outlives the call.
+
+    >>> import torch, triton
+    >>> import triton.language as tl
+    >>> from normops.testing import race
+    >>> @triton.jit
+    ... def count(total_ptr):
+    ...     tl.atomic_add(total_ptr, 1)
+    >>> total = torch.zeros(1, dtype=torch.int32)
+    >>> done = race(count, 6, (total,), processes=2, repeats=2, jitter=0)
+    >>> total.item(), done.programs, sum(done.share)
+    (12, 6, 12)
     """
     _check(kernel, processes, repeats, order, jitter, timeout)
     dims = (grid,) if isinstance(grid, int) else tuple(grid)

@@ -1,9 +1,4 @@
-"""What a call reads and writes, counted by Triton's interpreter.
-
->>> with traffic(x=x) as t:
-...     y = normops.functional.layer_norm(x, (64,))
->>> t.loads["x"] == x.nbytes and t.bytes_of(y) == (0, y.nbytes) and t.launches == 1
-"""
+"""What a call reads and writes, counted by Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -58,7 +53,15 @@ class _Accesses:
 
 
 class Traffic:
-    """Bytes that kernels moved inside a :func:`traffic` block; may be read inside the block and after it."""
+    """Bytes that kernels moved inside a :func:`traffic` block; may be read inside the block and after it.
+
+    >>> import torch, normops
+    >>> from normops.testing import Traffic, traffic
+    >>> with traffic() as moved:
+    ...     y = normops.functional.rms_norm(torch.randn(2, 64), (64,))
+    >>> isinstance(moved, Traffic), moved.launches, moved.atomics, moved.bytes_of(y)
+    (True, 1, 0, (0, 512))
+    """
 
     launches: int
     """Kernels launched."""
@@ -135,6 +138,14 @@ def traffic(**tensors: Tensor) -> Iterator[Traffic]:
 
     Raises RuntimeError outside Triton's interpreter (``TRITON_INTERPRET=1``), ValueError for tensors that cannot be
     told apart.
+
+    >>> import torch, normops
+    >>> from normops.testing import traffic
+    >>> x = torch.randn(2, 64)
+    >>> with traffic(x=x) as moved:
+    ...     y = normops.functional.layer_norm(x, (64,))
+    >>> moved.loads["x"] == x.nbytes, moved.stores["x"]
+    (True, 0)
     """
     _check(tensors)
     found = Traffic(dict(tensors))

@@ -28,7 +28,16 @@ _MOST = {"cuda": (2**31 - 1, 65535, 65535)}
 
 
 class VirtualLaunch:
-    """One launch that the device would have run."""
+    """One launch that the device would have run.
+
+    >>> import torch, normops
+    >>> from normops.testing import VirtualLaunch, virtual_device
+    >>> with virtual_device("a100") as gpu:
+    ...     y = normops.functional.rms_norm(torch.empty(64, 64), (64,))
+    >>> launched: VirtualLaunch = gpu.launches[0]
+    >>> launched.num_warps >= 1, launched.spills, "x_ptr" in launched.arguments
+    (True, 0, True)
+    """
 
     __slots__ = ("_arguments", "binary", "grid", "hardware")
 
@@ -122,7 +131,15 @@ class VirtualLaunch:
 
 
 class VirtualDevice:
-    """What would have run: ``launches``, in order; clear the list to start over."""
+    """What would have run: ``launches``, in order; clear the list to start over.
+
+    >>> import torch, normops
+    >>> from normops.testing import VirtualDevice, virtual_device
+    >>> with virtual_device("a100") as gpu:
+    ...     y = normops.functional.rms_norm(torch.empty(64, 64), (64,))
+    >>> isinstance(gpu, VirtualDevice), gpu.hardware.title, len(gpu.launches)
+    (True, 'NVIDIA A100 SXM 80 GB', 1)
+    """
 
     def __init__(self, hardware: Hardware) -> None:
         self.hardware = hardware
@@ -257,9 +274,12 @@ def virtual_device(name: str) -> Iterator[VirtualDevice]:
 
     Raises ValueError for an unknown name, RuntimeError in Triton's interpreter, which compiles nothing.
 
-    >>> with virtual_device("h200") as gpu:
-    ...     y = normops.functional.layer_norm(torch.empty(64, 4096), (4096,))
-    >>> gpu.launches[0].name, gpu.launches[0].registers
+    >>> import torch, normops
+    >>> from normops.testing import virtual_device
+    >>> with virtual_device("a100") as gpu:
+    ...     y = normops.functional.rms_norm(torch.empty(64, 64), (64,))
+    >>> 0 < gpu.launches[0].registers <= 255
+    True
     """
     if name not in HARDWARE:
         raise ValueError(f"device must be one of {', '.join(HARDWARE)}, got {name!r}")
