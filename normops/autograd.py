@@ -42,7 +42,8 @@ class Normalize(torch.autograd.Function):
         total, weight, bias, saved, post_add = ctx.saved_tensors
         need_x, need_w, need_b, need_pre, need_post = ctx.needs_input_grad[:5]
         x_dtype, pre_dtype, post_dtype = call.dtypes
-        if torch.is_grad_enabled() or _looked_into(dy, dsum):  # create_graph: the gradient must be differentiable
+        # create_graph: the gradient must be differentiable.
+        if torch.is_grad_enabled() or _looked_into(dy, dsum) or call.restrided(total, weight, bias, saved, post_add):
             found = transforms.gradients(
                 dy, dsum, total, weight, bias, post_add, *statistics(call, saved),
                 (*call.form, ctx.eps, call.spec.activation), call.given, call.dtypes, ctx.needs_input_grad[:5],
@@ -132,10 +133,12 @@ def _composed(
     call: Call, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
     post_add: Tensor | None, eps: float, options: dict[str, Any],
 ) -> Any:  # fmt: skip
-    """normalize() where kernels cannot run; PyTorch differentiates it."""
-    y, total, mean, rstd = composed.forward(
-        call.spec, eps, x, weight, bias, pre_add, post_add, options.get("mean"), options.get("var"), call.out_dtype
-    )
+    """normalize() where kernels cannot run."""
+    y, total, mean, rstd = transforms.Forward.apply(  # type: ignore[no-untyped-call]
+        x, weight, bias, pre_add, post_add, options.get("mean"), options.get("var"), *call.form, eps,
+        call.spec.activation, call.out_dtype,
+    )  # fmt: skip
+    mean = mean if call.spec.center else None
     options["saved"] = mean, rstd
     if "momentum" in options:
         operands = Operands(x, running_mean=options["running_mean"], running_var=options["running_var"])

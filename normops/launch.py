@@ -246,6 +246,16 @@ class Call:
     def _follows(self, strides: Strides | None) -> bool:
         return strides is None or strides == self.order or follows(strides, self.order, self.shape)
 
+    def restrided(
+        self, total: Tensor, w: Tensor | None, b: Tensor | None, saved: Tensor, post: Tensor | None
+    ) -> bool:
+        """Whether a hook on saved tensors gave back one that lies in memory otherwise than the one it was given."""
+        return not (
+            total.stride() == (self.x if self.pre is None else self.order)
+            and (w is None or w.is_contiguous()) and (b is None or b.is_contiguous()) and saved.is_contiguous()
+            and (post is None or post.stride() == self.post)
+        )  # fmt: skip
+
     def _operand(self, strides: Strides | None) -> Strides | None:
         """Strides in the split shape, of the copy where one is made."""
         return None if strides is None else split(strides if self._follows(strides) else self.order, self.spec.factors)

@@ -23,7 +23,7 @@ four TypeError; calls raise what the functions of :mod:`normops.functional` do.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,9 +31,8 @@ from torch.fx import Proxy
 from torch.nn.modules import batchnorm, instancenorm
 
 from . import functional as F
+from .module import Fused, Parameters
 from .pattern import affine_shape
-from .plan import DTYPES
-from .reference import check_activation
 
 if TYPE_CHECKING:  # all but the norms: of a name that is defined twice, mypy takes the first for good
     from torch.nn import Buffer as Buffer
@@ -82,50 +81,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(torch.nn)})
 
 
-class _Fused(torch.nn.Module):
-    """What the norms share: the keyword-only `activation` and `out_dtype`, checked when the module is built."""
-
-    # On the class, so that a module unpickled or converted from torch's has them too.
-    activation: str | None = None
-    out_dtype: torch.dtype | None = None
-
-    def __init__(
-        self, *args: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **kwargs: Any
-    ) -> None:
-        check_activation(activation)
-        if out_dtype is not None and out_dtype not in DTYPES:
-            raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
-        super().__init__(*args, **kwargs)
-        self.activation, self.out_dtype = activation, out_dtype
-
-    if TYPE_CHECKING:
-
-        @overload
-        def __call__(self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ...) -> Tensor: ...
-        @overload
-        def __call__(self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ...) -> F.Pair: ...
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def extra_repr(self) -> str:
-        return self._repr(super().extra_repr())
-
-    def _repr(self, base: str) -> str:
-        extras = {"activation": self.activation, "out_dtype": self.out_dtype}
-        return ", ".join([base, *(f"{name}={value}" for name, value in extras.items() if value is not None)])
-
-    def _extras(self, pre_add: Tensor | None, post_add: Tensor | None) -> dict[str, Any]:
-        return {
-            "activation": self.activation, "pre_add": pre_add, "post_add": post_add, "out_dtype": self.out_dtype
-        }  # fmt: skip
-
-    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any) -> Any:
-        """One node in a graph of torch.fx, which takes only the modules of torch.nn for leaves of its own accord."""
-        adds = {name: t for name, t in (("pre_add", pre_add), ("post_add", post_add)) if t is not None}
-        tracer: Any = input.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), adds)
-
-
-class _BatchNorm(_Fused, batchnorm._BatchNorm):
+class _BatchNorm(Fused, batchnorm._BatchNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
@@ -136,17 +92,22 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
         if counter is not None and self.momentum is None:  # cumulative average; a graph holds no number of a tensor
             momentum = 1.0 / ((counter.double() if torch.compiler.is_compiling() else float(counter)) + 1.0)
         used = not self.training or self.track_running_stats
-        result: Output = F.batch_norm(
-            input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
-            self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
-            **self._extras(pre_add, post_add),
-        )  # fmt: skip
         if counter is not None:
-            counter.add_(1)  # torch counts before the call; here a call that raises leaves no trace
+            counter.add_(1)  # before the call: a checkpoint computes it again only as far as it needs tensors
+        try:
+            result: Output = F.batch_norm(
+                input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
+                self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
+                **self._extras(pre_add, post_add),
+            )  # fmt: skip
+        except (IndexError, RuntimeError, TypeError, ValueError):  # no trace of a call that was refused
+            if counter is not None:
+                counter.sub_(1)
+            raise
         return result
 
 
-class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
+class _InstanceNorm(Fused, instancenorm._InstanceNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
@@ -235,7 +196,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """
 
 
-class GroupNorm(_Fused, torch.nn.GroupNorm):
+class GroupNorm(Fused, torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` with the extras: over (C / num_groups, ...) of (N, C, ...).
 
     >>> import torch, normops
@@ -249,7 +210,7 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
         return result
 
 
-class LayerNorm(_Fused, torch.nn.LayerNorm):
+class LayerNorm(Fused, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` with the extras: over the last axes of (..., *normalized_shape).
 
     >>> import torch, normops
@@ -263,7 +224,7 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
         return result
 
 
-class RMSNorm(_Fused, torch.nn.RMSNorm):
+class RMSNorm(Fused, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with the extras: over the last axes of (..., *normalized_shape), without a mean.
 
     >>> import torch, normops
@@ -277,29 +238,7 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
         return result
 
 
-class _Parameters(torch.nn.Module):
-    """weight (ones) and bias (zeros) of a shape; None for those that are not wanted."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(
-        self, shape: tuple[int, ...] | None, bias: bool, device: torch.device | str | None, dtype: torch.dtype | None
-    ) -> None:
-        super().__init__()
-        for name, wanted in (("weight", shape is not None), ("bias", shape is not None and bias)):
-            empty = torch.empty(shape or (), device=device, dtype=dtype) if wanted else None
-            self.register_parameter(name, None if empty is None else torch.nn.Parameter(empty))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.weight is not None:
-            torch.nn.init.ones_(self.weight)
-        if self.bias is not None:
-            torch.nn.init.zeros_(self.bias)
-
-
-class LayerNorm2d(_Fused, _Parameters):
+class LayerNorm2d(Fused, Parameters):
     """LayerNorm over the channels of (N, C, ...), any rank from 2 on, in any memory format: ConvNeXt's LayerNorm2d.
 
     weight and bias have shape (C,).  Raises ValueError where axis 1 of the input is not `num_channels`.  Source: Liu et
@@ -341,7 +280,7 @@ class LayerNorm2d(_Fused, _Parameters):
         return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
 
 
-class Normalize(_Fused, _Parameters):
+class Normalize(Fused, Parameters):
     """Any norm: the axes missing on the right of an einops-style pattern are averaged over.
 
         Normalize("n (g c) h w -> n g", affine="(g c)", g=8, c=4)      # GroupNorm(8, 32)

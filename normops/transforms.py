@@ -21,6 +21,8 @@ from .plan import accumulator
 
 Tensors = Sequence[Tensor | None]
 
+# No views are tracked either: an output that is a view inside would count as one outside.
+_below = torch._C._AutoDispatchBelowADInplaceOrView
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -30,7 +32,7 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def forward(*inputs: Any) -> operators.Four:
         sharding.meet(inputs[0])  # here for vmap
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             found: operators.Four = operators.forward(*inputs)
         return found
 
@@ -94,7 +96,7 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> operators.Four:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             found: operators.Four = operators.backward(*inputs)
         return found
 
@@ -256,7 +258,7 @@ def _register(name: str, function: Any, operator: Any, composed: Callable[..., o
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:count])
         if needed or forward_ad._current_level >= 0:
             return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _below():
             return operator(*inputs)
 
     operators.library.impl(name, autograd, "Autograd")

@@ -29,6 +29,7 @@ LAYERS = (
     {"transforms"},
     {"autograd", "traced"},
     {"functional"},
+    {"module"},
     {"nn"},
     {"__init__"},
     {"counting"},
