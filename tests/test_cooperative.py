@@ -230,13 +230,13 @@ def test_what_the_programs_of_a_device_cannot_hold_is_split(raced: Raced) -> Non
     assert [p.plan.engine for p in planned] == ["split"]
 
 
-def test_no_call_takes_it_unless_it_is_forced(raced: Raced, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_stand_in", schedule.H200)
+def test_no_call_takes_it_unless_it_is_forced(raced: Raced) -> None:
     raced.bind = lambda step, *_: raced.plans.append(step.plan)  # type: ignore[method-assign]
     x = torch.empty(4, 8, 512, 512)
-    F.batch_norm(x, None, None, training=True)
-    with schedule.forced(engine="cooperative"):
+    with launch.standing_in(schedule.H200):
         F.batch_norm(x, None, None, training=True)
+        with schedule.forced(engine="cooperative"):
+            F.batch_norm(x, None, None, training=True)
     assert [plan.engine for plan in raced.plans] == ["ticketed", "cooperative"]
 
 

@@ -116,7 +116,10 @@ def test_first_derivatives(case: Case, device: torch.device) -> None:
     )  # fmt: skip
 
 
-@cases
+SECOND = ("BatchNorm", "BatchNorm, given statistics", "GroupNorm, gelu", "RMSNorm, pre_add")
+
+
+@pytest.mark.parametrize("case", [CASES[name] for name in SECOND], ids=SECOND)  # the others: test_transforms' hessian
 def test_second_derivatives(case: Case, device: torch.device) -> None:
     """Reverse over reverse and forward over reverse, against differences."""
     leaves = [t.requires_grad_() for t in arguments(case, device)]

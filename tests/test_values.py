@@ -130,7 +130,7 @@ def compare(
 
     dy = torch.randn(shape).to(device, dtype)
     outs, grads, refs = [y], [dy], [ref]
-    if total is not None:
+    if total is not None and total.requires_grad:
         dsum = torch.randn(shape).to(device, dtype)
         outs, grads, refs = [y, total], [dy, dsum], [ref, s]
     wanted = [name for name, t in tensors.items() if t is not None and name in leaves]
