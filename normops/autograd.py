@@ -13,8 +13,6 @@ from . import composed, launch, transforms
 from .checks import Operands
 from .launch import Call
 
-NOTHING = (None,) * 8
-
 
 class Normalize(torch.autograd.Function):
     """y, or (y, sum) with pre_add.  Saves x (or the sum), the parameters and the statistics: the pre-activation is
@@ -50,9 +48,7 @@ class Normalize(torch.autograd.Function):
             )  # fmt: skip
             return *found, None, None, None
         if dy is None:
-            if dsum is None:
-                return NOTHING
-            dy = torch.zeros((), dtype=call.out_dtype, device=total.device).expand(total.shape)
+            return *transforms.gradients_of_sum(dsum, call.dtypes, ctx.needs_input_grad), None, None, None
         plain = call.plain
         dx, dw, db, dpost = launch.backward(
             call, dy, dsum, total, weight, bias, post_add, saved,
@@ -118,8 +114,8 @@ def _looked_into(*gradients: Tensor | None) -> bool:
     """Whether PyTorch traces or transforms a backward, or gradients have no memory of their own (is_grads_batched)."""
     if is_dynamo_compiling() or _transforms_active() or _dispatch_modes():
         return True
-    for g in gradients:  # noqa: SIM110  any() costs half a microsecond more
-        if g is not None and (g.__class__ is not Tensor or is_legacy_batchedtensor(g)):
+    for g in gradients:
+        if g is not None and (g.__class__ is not Tensor or g.is_neg() or is_legacy_batchedtensor(g)):
             return True
     return False
 

@@ -36,7 +36,7 @@ def _flat(t: Tensor | None, like: Tensor | None, spec: Spec) -> Tensor | None:
         return None
     order = sorted(range(len(spec.affine)), key=lambda i: spec.affine[i])
     back = sorted(range(len(order)), key=lambda i: order[i])
-    return t.reshape([spec.shape[spec.affine[i]] for i in order]).permute(back).reshape(like.shape)
+    return t.reshape([spec.shape[spec.affine[i]] for i in order]).permute(back).reshape(like.shape).contiguous()
 
 
 def _split(t: Tensor | None, spec: Spec) -> Tensor | None:

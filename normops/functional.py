@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, calls, checks, composed, traced
+from . import autograd, calls, checks, composed, traced, transforms
 from .checks import Axes, Operands
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
@@ -32,6 +32,7 @@ Shape = int | Sequence[int]
 _overridden: Callable[..., Any] = handle_torch_function  # which is typed for functions without overloads
 _transforms_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state  # torch.jit.trace
 
 
 class _Statistics:
@@ -55,7 +56,10 @@ def _run(
     `momentum`.
     """
     call = None
-    if not (is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0):
+    if not (
+        is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0
+        or _tracing() is not None
+    ):  # fmt: skip
         call = calls.find(
             check, options, activation, out_dtype, x, weight, bias, pre_add, post_add, center, running_mean,
             running_var, given,
@@ -72,6 +76,8 @@ def _run(
         return y if total is None else (y, total)
     kept: dict[str, Any] = {}
     if given:
+        if torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):  # type: ignore[union-attr]
+            raise RuntimeError(transforms.CONSTANT)
         kept = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
     elif momentum is not None and running_mean is not None:
         kept = {"running_mean": running_mean, "running_var": running_var, "momentum": float(momentum)}

@@ -72,7 +72,9 @@ def decomposed_backward(
     work = accumulator(x.dtype)
     mean, rstd = (None if t is None or t.numel() == 0 else t.to(work) for t in (mean, rstd))
     dx, dw, db, dpost = composed.gradients(spec, eps, dy, dsum, x, weight, bias, post_add, mean, rstd, given)
-    found = (dx, dw, db, None if post_add is None else dpost.to(post_add.dtype))
+    # Copies where either may be dy itself: of one value for each of x's, and nothing between.
+    db = db if db is None or db.shape != dy.shape else db.clone()
+    found = (dx, dw, db, None if post_add is None else dpost.to(post_add.dtype, copy=activation == "identity"))
     dx, dw, db, dpost = (
         x.new_empty(0) if t is None or not wanted else t for t, wanted in zip(found, output_mask, strict=True)
     )
@@ -213,5 +215,6 @@ def _fake_backward(
 
 
 for _name, _run, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):
-    library.impl(_name, _run, "CompositeExplicitAutograd")
+    # Dynamo must not look into launches where it declined to trace what calls them.
+    library.impl(_name, torch._disable_dynamo(_run), "CompositeExplicitAutograd")  # type: ignore[attr-defined]
     torch.library.register_fake(f"{NAMESPACE}::{_name}", _fake, lib=library)

@@ -54,7 +54,7 @@ def _gelu_tanh_derivative(z: Tensor) -> Tensor:
 DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.ones_like,
     "relu": lambda z: (z > 0).to(z.dtype),
-    "leaky_relu": lambda z: torch.where(z > 0, 1.0, 0.01).to(z.dtype),
+    "leaky_relu": lambda z: torch.ones_like(z).masked_fill(z <= 0, 0.01),
     "silu": _silu_derivative,
     "gelu": _gelu_derivative,
     "gelu_tanh": _gelu_tanh_derivative,

@@ -36,10 +36,11 @@ class decompose:
 
     def __init__(self, mode: bool = True) -> None:
         global decomposing
-        self._before, decomposing = decomposing, mode
+        self._before, self._mode, decomposing = decomposing, mode, mode
 
     def __enter__(self) -> None:
-        pass
+        global decomposing
+        decomposing = self._mode
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

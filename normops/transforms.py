@@ -8,6 +8,7 @@ it each sample may have parameters, or gradients of parameters, of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from .form import Form
 from .plan import accumulator
 
 Tensors = Sequence[Tensor | None]
+Dims = tuple[int | None, ...]
+
+CONSTANT = (
+    "running_mean and running_var are constants where they stand in for the statistics of x: expected tensors that "
+    "require no gradient and have no tangent"
+)
 
 # No views are tracked either: an output that is a view inside would count as one outside.
 _below = torch._C._AutoDispatchBelowADInplaceOrView
@@ -40,6 +47,8 @@ class Forward(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Four) -> None:
         x, weight, bias, pre_add, post_add, mean, var, *options = inputs
         _, total, at_mean, rstd = output
+        if any(ctx.needs_input_grad[5:7]):
+            raise RuntimeError(CONSTANT)
         ctx.options, ctx.given = options, var is not None
         ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
         ctx.set_materialize_grads(False)
@@ -60,6 +69,8 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        if any(t is not None for t in tangents[5:7]):
+            raise RuntimeError(CONSTANT)
         with forward_ad._set_fwd_grad_enabled(True):
             return Forward._jvp(ctx, *tangents[:5])
 
@@ -73,20 +84,21 @@ class Forward(torch.autograd.Function):
         if pre_add is not None:
             s = x + pre_add
             ts = tpre if tx is None else tx if tpre is None else tx + tpre
-            ts = torch.zeros_like(s) if ts is None else ts.to(s.dtype)
+            # Not the tangent of an operand itself: outputs may be modified.
+            ts = torch.zeros_like(s) if ts is None else ts.to(s.dtype, copy=tx is None or tpre is None)
         rstd = None if var is None else torch.rsqrt(var.to(accumulator(s.dtype)) + eps)
         spec = operators.spec_of(s, pattern, affine, lengths, center, activation)
         ty = composed.tangent(spec, eps, s, weight, bias, post_add, (ts, tw, tb, tpost), mean, rstd, ctx.given)
         return ty.to(out_dtype or x.dtype), None if pre_add is None else ts, None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[operators.Four, tuple[int | None, ...]]:
+    def vmap(info: Any, in_dims: Any, *inputs: Any, run: Any = None) -> tuple[operators.Four, Dims]:
         pattern, affine, *options = inputs[7:]
         own = in_dims[1] is not None or in_dims[2] is not None
         every = (True, own, own, True, True, True, True)
         tensors = _batched(inputs[:7], in_dims[:7], every, info.batch_size)
         form = Form.read(pattern, affine).batched(own)
-        out = Forward.apply(*tensors, *form.strings, *options)  # type: ignore[no-untyped-call]
+        out = (run or Forward.apply)(*tensors, *form.strings, *options)
         return out, (0, None if inputs[3] is None else 0, 0 if options[1] else None, 0)
 
 
@@ -122,7 +134,7 @@ class Backward(torch.autograd.Function):
         return tuple(t if wanted else None for t, wanted in zip(found, ctx.options[-1], strict=True))
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[operators.Four, tuple[int | None, ...]]:
+    def vmap(info: Any, in_dims: Any, *inputs: Any, run: Any = None) -> tuple[operators.Four, Dims]:
         pattern, affine, *options = inputs[8:]
         mask = options[-1]
         # Each sample has gradients of parameters of its own, also of parameters that all share.
@@ -130,7 +142,7 @@ class Backward(torch.autograd.Function):
         every = (True, True, True, own, own, True, True, True)
         tensors = _batched(inputs[:8], in_dims[:8], every, info.batch_size)
         form = Form.read(pattern, affine).batched(own)
-        out = Backward.apply(*tensors, *form.strings, *options)  # type: ignore[no-untyped-call]
+        out = (run or Backward.apply)(*tensors, *form.strings, *options)
         return out, tuple(0 if wanted else None for wanted in mask)
 
 
@@ -145,9 +157,7 @@ def gradients(
     """
     need_x, need_w, need_b, need_pre, need_post = needs
     if dy is None:
-        if dsum is None:
-            return (None,) * 5
-        dy = torch.zeros((), dtype=dtypes[0], device=total.device).expand(total.shape)
+        return gradients_of_sum(dsum, dtypes, needs)
     *form, eps, activation = options
     plain = activation == "identity"  # then g is dy
     mask = (need_x or need_pre, need_w, need_b, need_post and not plain)
@@ -164,6 +174,17 @@ def gradients(
         dx.to(dtypes[1]) if need_pre and dx is not None else None,
         dy.to(dtypes[2]) if need_post and plain else dpost,
     )  # fmt: skip
+
+
+def gradients_of_sum(
+    dsum: Tensor | None, dtypes: Sequence[torch.dtype | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, bias, pre_add and post_add where nothing flows back through y."""
+    dx, dpre = (
+        dsum.to(dtype) if dsum is not None and dtype is not None and needed else None
+        for dtype, needed in ((dtypes[0], needs[0]), (dtypes[1], needs[3]))
+    )
+    return dx, None, None, dpre, None
 
 
 def _primals(saved: Tensors) -> list[Any]:
@@ -210,9 +231,12 @@ def _pullback(
         with torch.enable_grad():
             # Aliases: some are outputs of the very node that is busy now.
             arguments = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in arguments]
-            gradients = torch.autograd.grad(
-                through(*arguments), arguments, given, create_graph=again, allow_unused=True
-            )
+            # A gradient of a parameter is a function of dy alone, say: nothing flows back from it where dy is constant.
+            pairs = [(o, g) for o, g in zip(through(*arguments), given, strict=True) if o.requires_grad]
+            if not pairs:
+                return found
+            outputs, given = zip(*pairs, strict=True)
+            gradients = torch.autograd.grad(outputs, arguments, given, create_graph=again, allow_unused=True)
     for i, t in zip(wanted, gradients, strict=True):
         found[i] = t
     return found
@@ -262,7 +286,8 @@ def _register(name: str, function: Any, operator: Any, composed: Callable[..., o
             return operator(*inputs)
 
     operators.library.impl(name, autograd, "Autograd")
-    torch.library.register_vmap(f"{operators.NAMESPACE}::{name}", function.vmap, lib=operators.library)
+    rule = partial(function.vmap, run=operator)  # where the operator was met, a Function cannot be run any more
+    torch.library.register_vmap(f"{operators.NAMESPACE}::{name}", rule, lib=operators.library)
 
 
 _register("forward", Forward, operators.forward, operators.decomposed_forward, 7)

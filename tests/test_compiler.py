@@ -310,3 +310,33 @@ def test_sizes_that_depend_on_data(norm: str, device: torch.device) -> None:
         x = torch.randn(9, 5, device=device, requires_grad=True)
         same([compiled(x)], [chosen(x)], True)
         same(*(torch.autograd.grad(f(x).pow(3).sum(), x) for f in (compiled, chosen)), True)  # type: ignore[arg-type]
+
+
+def test_vmap_inside_a_compiled_function(device: torch.device) -> None:
+    """Where the operator itself is met, without a gradient around it."""
+    x, w = torch.randn(3, 4, 6, device=device), torch.randn(6, device=device)
+    compiled = torch.compile(lambda x: vmap(lambda x: F.layer_norm(x, (6,), w))(x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), F.layer_norm(x, (6,), w))
+
+
+def test_a_transform_of_a_compiled_function(device: torch.device) -> None:
+    """Dynamo leaves it alone, and must not look into our launches instead."""
+    x = torch.randn(4, 6, device=device)
+    loss = lambda x: F.layer_norm(x, (6,)).pow(3).sum()  # noqa: E731
+    torch.testing.assert_close(grad(torch.compile(loss, backend="eager"))(x), grad(loss)(x))
+
+
+def test_jit_trace(device: torch.device) -> None:
+    module = nn.GroupNorm(2, 6, activation="silu").to(device).requires_grad_(False)
+    traced = torch.jit.trace(module, torch.randn(2, 6, 5, device=device))
+    x = torch.randn(3, 6, 7, device=device)
+    torch.testing.assert_close(traced(x), module(x))
+
+
+def test_the_switch_can_be_kept_and_used_again() -> None:
+    switch = normops.decompose()
+    for _ in range(2):
+        switch.__exit__(None, None, None)
+        with switch:
+            assert normops.traced.decomposing
+        assert not normops.traced.decomposing

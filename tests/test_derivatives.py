@@ -282,3 +282,63 @@ def test_the_sum_requires_grad_where_x_or_pre_add_does(device: torch.device) -> 
         leaves = {name: t.detach().requires_grad_(name == which) for name, t in (("x", x), ("pre", pre), ("w", w))}
         y, total = F.rms_norm(leaves["x"], (4,), leaves["w"], pre_add=leaves["pre"])
         assert y.requires_grad and total.requires_grad == expected
+
+
+def test_nothing_flows_back_through_y(device: torch.device) -> None:
+    """Only the sum is used: its gradient is that of x, and parameters get None, which an optimiser leaves alone."""
+    x, w = torch.randn(4, 6, device=device, requires_grad=True), torch.ones(6, device=device, requires_grad=True)
+    y, total = F.rms_norm(x, (6,), w, pre_add=x.detach())
+    dx, dw = torch.autograd.grad(total.sum(), [x, w], allow_unused=True)
+    assert dw is None and dx.eq(1).all()
+
+
+@pytest.mark.parametrize("wanted", ["xwb", "xb", "wb", "w", "b"])
+def test_a_penalty_on_gradients_of_a_linear_loss(wanted: str, device: torch.device) -> None:
+    """dy is constant there, so that some of the gradients are functions of nothing that requires one."""
+    leaves = [torch.randn(s, dtype=torch.float64, device=device) for s in ((4, 6), (6,), (6,))]
+
+    def penalty(norm: Callable[..., Tensor]) -> list[Tensor]:
+        x, w, b = (t.clone().requires_grad_() for t in leaves)
+        chosen = [t for n, t in zip("xwb", (x, w, b), strict=True) if n in wanted]
+        found = torch.autograd.grad(norm(x, w, b).sum(), chosen, create_graph=True)
+        loss = x.sum() + sum(t.square().sum() for t in found)
+        return [t for t in torch.autograd.grad(loss, [x, w], allow_unused=True) if t is not None]
+
+    same(penalty(lambda x, w, b: F.layer_norm(x, (6,), w, b)), penalty(lambda x, w, b: formula(x, (-1,), w, b)))
+
+
+def test_tangents_are_no_operands_tangents(device: torch.device) -> None:
+    x, v = torch.randn(4, 6, device=device), torch.ones(4, 6, device=device)
+
+    def doubled(a: Tensor) -> Tensor:
+        _, total = F.rms_norm(a, (6,), pre_add=x)
+        return total.mul_(2) + a
+
+    assert jvp(doubled, (x,), (v,))[1].eq(3).all() and v.eq(1).all()
+
+
+def test_given_statistics_are_constants(device: torch.device) -> None:
+    """torch's batch_norm is not differentiable with respect to them either, and says so."""
+    x, mean, var = torch.randn(4, 6, device=device), torch.randn(6, device=device), torch.rand(6, device=device) + 1
+    for call in (
+        lambda: jvp(lambda m: F.batch_norm(x, m, var), (mean,), (mean,)),
+        lambda: grad(lambda v: F.batch_norm(x, mean, v).sum())(var),
+        lambda: F.batch_norm(x, mean, var.clone().requires_grad_()),
+    ):
+        with pytest.raises(RuntimeError, match="constants"):
+            call()
+
+
+def test_tensors_that_stand_for_their_opposite(device: torch.device) -> None:
+    """The imaginary part of a conjugate shares its memory with what it is the opposite of: as x, and as dy."""
+    z = torch.randn(8, 3, dtype=torch.complex64, device=device).conj()
+    assert z.imag.is_neg()
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    torch.testing.assert_close(F.layer_norm(z.imag, (3,)), F.layer_norm(z.imag.resolve_neg(), (3,)))
+    F.batch_norm(z.imag, mean, var, training=True, momentum=1.0)
+    torch.testing.assert_close(mean, z.imag.mean(0))
+    x = torch.randn(8, 3, device=device, requires_grad=True)
+    found = [
+        torch.autograd.grad(norm(x, (3,)), x, z.imag)[0] for norm in (F.layer_norm, torch.nn.functional.layer_norm)
+    ]
+    torch.testing.assert_close(*found)
