@@ -287,7 +287,7 @@ def test_the_sum_requires_grad_where_x_or_pre_add_does(device: torch.device) -> 
 def test_nothing_flows_back_through_y(device: torch.device) -> None:
     """Only the sum is used: its gradient is that of x, and parameters get None, which an optimiser leaves alone."""
     x, w = torch.randn(4, 6, device=device, requires_grad=True), torch.ones(6, device=device, requires_grad=True)
-    y, total = F.rms_norm(x, (6,), w, pre_add=x.detach())
+    _, total = F.rms_norm(x, (6,), w, pre_add=x.detach())
     dx, dw = torch.autograd.grad(total.sum(), [x, w], allow_unused=True)
     assert dw is None and dx.eq(1).all()
 
