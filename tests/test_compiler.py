@@ -68,9 +68,8 @@ def same(got: list[Tensor], expected: list[Tensor], exact: bool) -> None:
 
 @modules
 @pytest.mark.parametrize(
-    ("fused", "decomposed"), [(False, False), (True, False), (True, True)],
-    ids=["plain", "fused, channels_last", "fused, channels_last, decomposed"],
-)  # fmt: skip
+    ("fused", "decomposed"), [(True, False), (False, True)], ids=["fused, channels_last", "plain, decomposed"]
+)
 def test_one_compilation_for_all_batches(
     build: Callable[[], torch.nn.Module], fused: bool, decomposed: bool, device: torch.device
 ) -> None:
@@ -184,16 +183,16 @@ def test_inductor(decomposed: bool, device: torch.device) -> None:
 
 
 @modules
-@pytest.mark.parametrize("strict", [False, True])
-def test_export(build: Callable[[], torch.nn.Module], strict: bool, device: torch.device) -> None:
+def test_export(build: Callable[[], torch.nn.Module], device: torch.device) -> None:
     """With a batch of any size; the program holds our operator, and the decompositions take it away again."""
     module = build().eval().to(device)
     shapes = ({0: torch.export.Dim("n", min=2)},)
-    program = torch.export.export(module, (batch(2, device).detach(),), dynamic_shapes=shapes, strict=strict)
     x = batch(5, device).detach()
     expected = module(x)
-    assert [str(node.target) for node in program.graph.nodes].count("normops.forward.default") == 1
-    torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
+    for strict in (True, False):
+        program = torch.export.export(module, (batch(2, device).detach(),), dynamic_shapes=shapes, strict=strict)
+        assert [str(node.target) for node in program.graph.nodes].count("normops.forward.default") == 1
+        torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=0)
     composed = program.run_decompositions(normops.decompositions())
     assert not any("normops" in str(node.target) for node in composed.graph.nodes)
     torch.testing.assert_close(composed.module()(x), expected, rtol=2e-5, atol=2e-5)

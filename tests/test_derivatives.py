@@ -116,7 +116,7 @@ def test_first_derivatives(case: Case, device: torch.device) -> None:
     )  # fmt: skip
 
 
-SECOND = ("BatchNorm", "BatchNorm, given statistics", "GroupNorm, gelu", "RMSNorm, pre_add")
+SECOND = ("BatchNorm", "GroupNorm, gelu")
 
 
 @pytest.mark.parametrize("case", [CASES[name] for name in SECOND], ids=SECOND)  # the others: test_transforms' hessian
@@ -133,7 +133,6 @@ TRANSFORMS: dict[str, Callable[[Callable[..., Any], int], Callable[..., Any]]] =
     "jacrev": lambda f, n: jacrev(f, tuple(range(n))),
     "jacfwd": lambda f, n: jacfwd(f, tuple(range(n))),
     "hessian": lambda f, n: hessian(scalar(f), tuple(range(n))),
-    "jacrev of jacrev": lambda f, n: jacrev(jacrev(scalar(f), (0, 1)), (0, 1)),
     "jacrev of jacfwd": lambda f, n: jacrev(jacfwd(scalar(f), (0, 1)), (0, 1)),
     "jacfwd of jacfwd": lambda f, n: jacfwd(jacfwd(scalar(f), (0, 1)), (0, 1)),
     "third": lambda f, n: jacfwd(hessian(lambda w, x, *a: scalar(f)(x, w, *a))),
