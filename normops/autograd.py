@@ -145,8 +145,7 @@ def _composed(
 def statistics(call: Call, saved: Any) -> tuple[Tensor | None, Tensor]:
     """mean (None for RMS) and rstd, shaped like the kept axes of the split shape, from ``options["saved"]``."""
     if isinstance(saved, tuple):  # of a call without kernels
-        mean, rstd = (None if t is None else t.detach().reshape(call.kept) for t in saved)
-        assert rstd is not None
+        mean, rstd = saved
         return mean, rstd
     mean = saved.as_strided(call.kept, call.kept_strides) if call.spec.center else None
     return mean, saved[call.rstd_at :].as_strided(call.kept, call.kept_strides)

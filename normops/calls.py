@@ -12,14 +12,15 @@ from torch import Tensor
 from . import activations, checks, launch, schedule
 from .checks import Axes, Operands
 from .launch import Call
-from .plan import DTYPES, Spec
+from .plan import Spec
 
 # Where an operand is: a number is hashed faster than a device.  It does not tell the meta device from a CPU, which
 # matters where PyTorch's own checks do not see what is read: in the interpreter.
 _place = attrgetter("device") if launch.INTERPRETED else Tensor.get_device
 
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
-"""Types whose memory kernels may be given; others (fake, distributed, wrapped tensors) mean something else by it."""
+"""Types whose memory kernels may be given; others (fake, distributed, wrapped tensors) mean something else by it, and
+so does a tensor with the negative bit (the imaginary part of a conjugate)."""
 
 
 def find(
@@ -32,24 +33,27 @@ def find(
     Where it was not met before, ``check(operands, *options)`` runs first.
     """
     try:
-        for t in (x, pre_add, post_add):
-            if t is not None and t.is_neg():  # its memory holds the opposite of what it stands for
-                return None
         key = (
             check, options, activation, out_dtype, center, given, schedule.limits(),
-            x.shape, x.stride(), x.dtype, x.device, x.__class__,
-            None if weight is None else (weight.shape, weight.stride(), weight.dtype, _place(weight), weight.__class__),
-            None if bias is None else (bias.shape, bias.stride(), bias.dtype, _place(bias), bias.__class__),
+            x.shape, x.stride(), x.dtype, x.device, x.__class__, x.is_neg(),
+            None if weight is None else (
+                weight.shape, weight.stride(), weight.dtype, _place(weight), weight.__class__, weight.is_neg()
+            ),
+            None if bias is None else (
+                bias.shape, bias.stride(), bias.dtype, _place(bias), bias.__class__, bias.is_neg()
+            ),
             None if pre_add is None else (
-                pre_add.shape, pre_add.stride(), pre_add.dtype, _place(pre_add), pre_add.__class__
+                pre_add.shape, pre_add.stride(), pre_add.dtype, _place(pre_add), pre_add.__class__, pre_add.is_neg()
             ),
             None if post_add is None else (
-                post_add.shape, post_add.stride(), post_add.dtype, _place(post_add), post_add.__class__
+                post_add.shape, post_add.stride(), post_add.dtype, _place(post_add), post_add.__class__,
+                post_add.is_neg(),
             ),
             None if running_mean is None or running_var is None else (
                 running_mean.shape, running_mean.stride(), running_mean.dtype, _place(running_mean),
-                running_mean.requires_grad, running_mean.__class__, running_var.shape, running_var.stride(),
-                running_var.dtype, _place(running_var), running_var.requires_grad, running_var.__class__,
+                running_mean.requires_grad, running_mean.__class__, running_mean.is_neg(), running_var.shape,
+                running_var.stride(), running_var.dtype, _place(running_var), running_var.requires_grad,
+                running_var.__class__, running_var.is_neg(),
             ), running_mean is None, running_var is None,
         )  # fmt: skip
         found = launch.calls.get(key)
@@ -58,9 +62,9 @@ def find(
     except (AttributeError, TypeError):  # not a tensor, or nothing to hash: the checks say what it is
         key = None
     operands = Operands(x, weight, bias, pre_add, post_add, running_mean, running_var)
-    axes = checked(check, options, activation, out_dtype, operands)
-    if any(t is not None and type(t) not in PLAIN for t in operands):
+    if any(t is not None and (type(t) not in PLAIN or t.is_neg()) for t in operands):
         return None
+    axes = checked(check, options, activation, out_dtype, operands)
     if axes.weight_shape is not None:
         weight, bias = (None if t is None else t.expand(axes.weight_shape) for t in (weight, bias))
     pre_add, post_add = checks.expanded("pre_add", pre_add, x), checks.expanded("post_add", post_add, x)
@@ -82,8 +86,7 @@ def checked(
     checks.tensors(operands)
     axes = check(operands, *options)
     activations.check(activation)
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
+    checks.dtype(out_dtype)
     for name, t in (("pre_add", operands.pre_add), ("post_add", operands.post_add)):
         checks.expanded(name, t, operands.x)
     return axes if operands.weight is not None or operands.bias is not None else axes._replace(affine=())

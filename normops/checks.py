@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .form import Form
@@ -50,6 +51,12 @@ def written(axes: Axes) -> tuple[str, str, tuple[int, ...] | None]:
     """pattern, affine and lengths as the registered operators take them."""
     pattern, affine = Form(tuple(map(len, axes.factors)), axes.reduced, axes.affine).strings
     return pattern, affine, tuple(n for sizes in axes.factors for n in sizes[:-1]) or None
+
+
+def dtype(out_dtype: torch.dtype | None) -> None:
+    """The dtype of y is one that kernels write."""
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
 
 
 def tensors(o: Operands) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from . import checks
 from . import functional as F
-from .plan import DTYPES
 from .reference import check_activation
 
 
@@ -25,8 +25,7 @@ class Fused(torch.nn.Module):
         self, *args: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         check_activation(activation)
-        if out_dtype is not None and out_dtype not in DTYPES:
-            raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
+        checks.dtype(out_dtype)
         super().__init__(*args, **kwargs)
         self.activation, self.out_dtype = activation, out_dtype
 

@@ -11,7 +11,8 @@ empty lists.  weight and bias are dense, in the order of `affine`;
 pre_add and post_add have x's shape.  `mean` and `var` are given statistics.  Nothing is modified and no output aliases
 an input: what is absent (sum without pre_add, mean of an RMS norm, a gradient not asked for) has shape (0,).
 
-Eager calls of plain tensors do not come here: a dispatched operator costs tens of microseconds.
+Eager calls of plain tensors do not come here: of a LayerNorm's forward the host would take 16 us in place of 7, and 36
+in place of 10 with a gradient (a virtual H200's launches, which do nothing, on a CPU core of 2026).
 """
 
 from __future__ import annotations

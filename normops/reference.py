@@ -50,9 +50,8 @@ def _gelu_tanh_derivative(z: Tensor) -> Tensor:
     return 0.5 * (1 + t) + 0.5 * z * (1 - t * t) * k * (1 + 3 * c * z * z)
 
 
-# Not those of ATen (silu_backward ...): some of them have no derivative of their own.
+# Of all but identity.  Not those of ATen (silu_backward ...): some of them have no derivative of their own.
 DERIVATIVES: dict[str, Callable[[Tensor], Tensor]] = {
-    "identity": torch.ones_like,
     "relu": lambda z: (z > 0).to(z.dtype),
     "leaky_relu": lambda z: torch.ones_like(z).masked_fill(z <= 0, 0.01),
     "silu": _silu_derivative,
@@ -70,7 +69,7 @@ def check_activation(name: str | None) -> None:
         raise ValueError(f"unknown activation {name!r}; expected None or one of {', '.join(ACTIVATIONS)}")
 
 
-def _as(t: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
+def as_like(t: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     """t in a dtype and with the strides of ``torch.empty_like(x)``, differentiably."""
     t = t.to(dtype)
     if t.stride() == torch.empty_like(x, device="meta").stride():
@@ -121,7 +120,7 @@ def normalize(
     if not axes and (var is None or (center and mean is None)):
         raise ValueError("axes is empty: nothing to average over")
     axes = tuple(axes)
-    s = x if pre_add is None else _as(total := x + pre_add, total.dtype, x)
+    s = x if pre_add is None else as_like(total := x + pre_add, total.dtype, x)
     work = _work(s)
     h = s.to(work)
     if center:
@@ -132,7 +131,7 @@ def normalize(
     var = h.square().mean(axes, keepdim=True) if var is None else var.to(work)
     rstd = torch.rsqrt(var + eps)
     y = ACTIVATIONS[activation or "identity"](_affine(h * rstd, weight, bias, post_add))
-    return _as(y, out_dtype or x.dtype, x), s, mean, rstd
+    return as_like(y, out_dtype or x.dtype, x), s, mean, rstd
 
 
 def gradients(
@@ -164,7 +163,7 @@ def gradients(
     dweight = None if weight is None else (g * xhat).sum_to_size(weight.shape).to(weight.dtype)
     dbias = None if bias is None else g.sum_to_size(bias.shape).to(bias.dtype)
     h = g if weight is None else g * weight.to(work)
-    return _as(_projected(h, xhat, scale, axes, center, given), s.dtype, s), dweight, dbias, g
+    return as_like(_projected(h, xhat, scale, axes, center, given), s.dtype, s), dweight, dbias, g
 
 
 def tangent(

@@ -206,6 +206,20 @@ def _gradient(saved: Tensors, options: Sequence[Any]) -> tuple[Callable[..., tup
     return function, primals
 
 
+def _along(
+    function: Callable[..., tuple[Tensor, ...]], primals: Tensors, places: Sequence[int]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """The function of those at some places, the others as they are."""
+
+    def along(*tensors: Tensor) -> tuple[Tensor, ...]:
+        operands = list(primals)
+        for i, t in zip(places, tensors, strict=True):
+            operands[i] = t
+        return function(*operands)
+
+    return along
+
+
 def _pullback(
     function: Callable[..., tuple[Tensor, ...]], primals: Tensors, cotangents: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
@@ -215,11 +229,10 @@ def _pullback(
     if not wanted or not flowing:
         return found
 
+    of_wanted = _along(function, primals, wanted)
+
     def through(*tensors: Tensor) -> tuple[Tensor, ...]:
-        operands = list(primals)
-        for i, t in zip(wanted, tensors, strict=True):
-            operands[i] = t
-        out = function(*operands)
+        out = of_wanted(*tensors)
         return tuple(out[i] for i in flowing)
 
     arguments: list[Any] = [primals[i] for i in wanted]
@@ -246,13 +259,7 @@ def _pushforward(
     function: Callable[..., tuple[Tensor, ...]], primals: Tensors, tangents: Tensors
 ) -> tuple[Tensor, ...]:
     moving = [i for i, t in enumerate(tangents) if t is not None]
-
-    def along(*tensors: Tensor) -> tuple[Tensor, ...]:
-        operands = list(primals)
-        for i, t in zip(moving, tensors, strict=True):
-            operands[i] = t
-        return function(*operands)
-
+    along = _along(function, primals, moving)
     arguments: Any = tuple(primals[i] for i in moving)
     given: Any = tuple(tangents[i] for i in moving)
     found: tuple[Tensor, ...]

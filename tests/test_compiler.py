@@ -281,7 +281,7 @@ def test_compiled_autograd(device: torch.device) -> None:
 
 
 def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither forward nor backward of plain tensors: an operator would cost tens of microseconds."""
+    """Neither forward nor backward of plain tensors: an operator costs the host more than the call does."""
 
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("an eager call went through the registered operators")

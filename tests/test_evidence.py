@@ -77,7 +77,7 @@ def name(row: dict[str, Any]) -> str:
     return f"{row['case']} {row['format']} {row['direction']}"
 
 
-@pytest.mark.parametrize("device", ["h200", "b200"])  # sm_80's takes a minute more: python -m bench evidence
+@pytest.mark.parametrize("device", ["h200", "b200"])  # sm_80, for time, by python -m bench evidence
 def test_the_case_table(device: str, tmp_path: Path) -> None:
     rows = measured(tmp_path, "--device", device)
     calls = [(c.name, fmt, d) for c in CASES for fmt in c.formats for d in ("forward", "backward")]

@@ -130,6 +130,8 @@ def compare(
 
     dy = torch.randn(shape).to(device, dtype)
     outs, grads, refs = [y], [dy], [ref]
+    if total is not None:
+        assert total.requires_grad == bool({"x", "pre_add"} & set(leaves)), "as x + pre_add does"
     if total is not None and total.requires_grad:
         dsum = torch.randn(shape).to(device, dtype)
         outs, grads, refs = [y, total], [dy, dsum], [ref, s]
