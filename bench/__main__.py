@@ -16,11 +16,13 @@ from typing import Annotated
 import torch
 import typer
 
+from normops import schedule
 from normops.testing import HARDWARE
 
 from .cases import CASES, select
 from .common import console
 from .evidence import evidence as evidence_all
+from .force import limits_of
 from .host import host as host_all
 from .plot import plot
 from .providers import DTYPES
@@ -56,6 +58,14 @@ def dtype_known(dtype: str) -> str:
     return dtype
 
 
+def forced(texts: list[str] | None) -> list[str] | None:
+    try:
+        with schedule.forced(**limits_of(texts)):
+            return texts
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 Only = Annotated[str | None, typer.Option(callback=known, help="Cases whose name, norm or origin contains this text.")]
 Out = Annotated[Path, typer.Option(help="Folder for JSON and the picture.")]
 Seed = Annotated[int, typer.Option(help="Seed of inputs, weights and batches.")]
@@ -65,6 +75,10 @@ Device = Annotated[str, typer.Option(callback=device_known, help=", ".join(HARDW
 Keep = Annotated[Path | None, typer.Option(help="Folder for the code of every launch.")]
 Base = Annotated[str | None, typer.Option(help="Another commit: print only what changed since.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Write bench/results/evidence.json too.")]
+Force = Annotated[
+    list[str] | None,
+    typer.Option(callback=forced, help="Another schedule: NAME=VALUE,... of normops.schedule.Limits; repeatable."),
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that compile; 0: one a core, 8 at most.")]
 OUT = Path("bench/out")
 
@@ -108,20 +122,33 @@ def train(out: Out = OUT, seed: Seed = 0) -> None:
 
 @app.command()
 def evidence(
-    device: Device = "h200", case: Exact = None, only: Only = None, dtype: Dtype = "bf16", keep: Keep = None,
-    base: Base = None, baseline: Baseline = False, workers: Workers = 0, out: Out = OUT,
+    device: Device = "h100", case: Exact = None, only: Only = None, dtype: Dtype = "bf16", force: Force = None,
+    keep: Keep = None, base: Base = None, baseline: Baseline = False, workers: Workers = 0, out: Out = OUT,
 ) -> None:  # fmt: skip
-    """What every case compiles to and moves on a named device, without one: nothing is timed."""
+    """What every case compiles to, executes and moves on a named device, without one: nothing is timed."""
     chosen = [c for c in select(only) if case in (None, c.name)]
-    if baseline and (len(chosen), device, dtype) != (len(CASES), "h200", "bf16"):
-        raise typer.BadParameter("the baseline holds all cases for h200 in bf16: leave out other choices")
+    changes = limits_of(force)
+    if baseline and (len(chosen), device, dtype, changes) != (len(CASES), "h100", "bf16", {}):
+        raise typer.BadParameter("the baseline holds all cases for h100 in bf16: leave out other choices")
     try:
         done = evidence_all(
-            device, chosen, dtype, out, only=only, folder=keep, base=base, baseline=baseline, processes=workers
-        )
+            device, chosen, dtype, out, only=only, folder=keep, base=base, baseline=baseline, processes=workers,
+            force=changes,
+        )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     raise typer.Exit(0 if done else 1)
+
+
+@app.command()
+def calibrate(
+    device: Device = "h100",
+    write: Annotated[bool, typer.Option("--write", help="Keep the parameters for predictions.")] = False,
+) -> None:
+    """Fit the model of times to measured points, and print how far off it is."""
+    from .calibrate import calibrate as fit_all
+
+    raise typer.Exit(0 if fit_all(device, write) else 1)
 
 
 @app.command()

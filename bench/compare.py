@@ -21,10 +21,13 @@ CLASSES = (32, 16, 8)
 """Occupancy classes, named by the warps that an SM holds at least: half as many hide half as much latency."""
 ROUNDING = 1.001
 """Partial sums may shift between workspace and registers by this much without counting as traffic."""
+MORE = 1.02
+"""Instructions and rounds may grow by this much without counting as worse: a sample of programs is walked."""
 CALL_FIGURES = ("pattern", "engine", "workspace_bytes", "floor_bytes", "l2_bytes", "l2_window_bytes", "allowed_bits")
 LAUNCH_FIGURES = (
-    "grid", "tile", "warps", "registers", "stack", "shared", "resident", "wide_loads", "wide_stores", "barriers",
-    "atomics", "moved_bytes", "in_flight_bytes",
+    "programs", "tile", "warps", "registers", "stack", "shared", "resident", "wide_loads", "wide_stores",
+    "instructions", "mufu", "wavefronts", "barriers", "atomics", "atomic_rounds", "sectors", "moved_bytes",
+    "in_flight_bytes",
 )  # fmt: skip
 
 
@@ -82,6 +85,8 @@ def _call(before: Row, after: Row, exact: bool) -> Iterator[tuple[str, str, Any,
     old, new = before["hbm_bytes"], after["hbm_bytes"]
     if not old / ROUNDING <= new <= old * ROUNDING:
         yield numbers("hbm_bytes", old, new)
+    if exact:
+        yield from _more("", "instructions_per_element", before, after)
     for figure in CALL_FIGURES:
         if before[figure] != after[figure]:
             yield "", figure, before[figure], after[figure], None
@@ -93,6 +98,13 @@ def _call(before: Row, after: Row, exact: bool) -> Iterator[tuple[str, str, Any,
         yield from _launch(name[0], old_launch, launch, exact, min(widths, default=None))
     for name in known.keys() - now.keys():
         yield name[0], "kernel", "launched", None, None
+
+
+def _more(kernel: str, figure: str, before: Row, after: Row) -> Iterator[tuple[str, str, Any, Any, bool | None]]:
+    """A count that is worse where it grew; figures that are not known are not compared."""
+    old, new = before[figure], after[figure]
+    if old is not None and new is not None and not old / MORE <= new <= old * MORE:
+        yield kernel, figure, old, new, new > old
 
 
 def _launch(
@@ -114,6 +126,7 @@ def _launch(
         return
     if occupancy(before) != occupancy(after):
         yield kernel, "occupancy", occupancy(before), occupancy(after), _class_rank(after) < _class_rank(before)
+    yield from _more(kernel, "rounds", before, after)
     for figure in LAUNCH_FIGURES:
         if before[figure] != after[figure]:
             yield kernel, figure, before[figure], after[figure], None
@@ -122,9 +135,10 @@ def _launch(
 def compare(before: Sequence[Row], after: Sequence[Row], exact: bool = True) -> list[Change]:
     """Changes from one set of rows to the other, in the order of the newer one.
 
-    Worse are: bytes to and from DRAM, launches or spills that went up; a narrower narrowest access to a stream; a
-    lower occupancy class; a call that is gone; a new call that spills.  `exact` is False between versions of Triton:
-    then of the machine code only spills from none to some (or back) are compared.
+    Worse are: bytes to and from DRAM, launches, spills, executed instructions or rounds of loads that went up; a
+    narrower narrowest access to a stream; a lower occupancy class; a call that is gone; a new call that spills.
+    `exact` is False between versions of Triton: then of the machine code only spills from none to some (or back) are
+    compared.
     """
     key = {tuple(row[name] for name in KEY): row for row in before}
     changes = []

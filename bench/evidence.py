@@ -1,4 +1,5 @@
-"""What every case compiles to and moves on a device that need not be there: nothing is run, so nothing is timed.
+"""What every case compiles to, executes and moves on a device that need not be there: nothing is run, so nothing is
+timed.
 
 The public functions are called with tensors of the real sizes on a virtual device, forward and backward apart; plans
 say how many bytes move, machine code says the rest (bench/figures.py, bench/schema.md).  Times are predictions.
@@ -10,15 +11,16 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
-from normops import testing
+from normops import schedule, testing
 
 from . import providers, workers
 from .cases import Case
@@ -33,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600.0
 """Seconds that the kernels of one case may take to compile."""
 _DEVICES = ExitStack()
-Task = tuple[Case, str, str, str, Path | None]
+Task = tuple[Case, str, str, str, dict[str, Any], Path | None]
 
 
 @contextmanager
@@ -58,10 +60,10 @@ def entered(device: str) -> testing.VirtualDevice:
 
 def measure(task: Task) -> tuple[list[Row], list[Variant]]:
     """Forward and backward of one case in one memory format, and what this process had to compile for them."""
-    case, format_name, dtype, device, folder = task
+    case, format_name, dtype, device, force, folder = task
     gpu, rows = entered(device), []
     gpu.launches.clear()
-    with testing.plans() as planned, variants() as found:
+    with schedule.forced(**force), testing.plans() as planned, variants() as found:
         inputs = providers.make_inputs(case, case.shape, case.formats[format_name], providers.DTYPES[dtype], empty=True)
         outputs = providers.by_normops(case, inputs)
         for direction in ("forward", "backward"):
@@ -92,10 +94,13 @@ def keep(folder: Path, key: Row, launches: Sequence[testing.VirtualLaunch]) -> N
 
 
 def gather(
-    device: str, cases: Sequence[Case], dtype: str, processes: int, folder: Path | None = None
+    device: str, cases: Sequence[Case], dtype: str, processes: int, folder: Path | None = None,
+    force: Mapping[str, Any] | None = None,
 ) -> tuple[list[Row], list[Variant], list[str]]:
     """Rows of all cases in their order, the variants compiled in all processes together, and what went wrong."""
-    tasks: list[Task] = [(case, name, dtype, device, folder) for case in cases for name in case.formats]
+    tasks: list[Task] = [
+        (case, name, dtype, device, dict(force or {}), folder) for case in cases for name in case.formats
+    ]
     with compiling():
         done = dict(run_all(measure, tasks, f"compile for {device}", processes, LIMIT))
     failed = {i: answer for i, answer in done.items() if isinstance(answer, workers.Failed)}
@@ -105,14 +110,15 @@ def gather(
     return [row for rows, _ in good for row in rows], found, failures
 
 
-def head(device: str, dtype: str) -> Row:
+def head(device: str, dtype: str, force: Mapping[str, Any] | None = None) -> Row:
     """What the rows of a file have in common."""
     hardware = testing.HARDWARE[device]
     return {
-        "schema": SCHEMA, "device": device, "title": hardware.title, "dtype": dtype, "triton": triton.__version__,
-        "sms": hardware.facts.num_sms, "copy_bandwidth": hardware.copy_bandwidth,
-        "bandwidth_source": hardware.bandwidth_source, "launch_floor": hardware.launch_floor,
-        "launch_floor_source": hardware.launch_floor_source, "l2_window": hardware.l2_window,
+        "schema": SCHEMA, "device": device, "title": hardware.title, "dtype": dtype, "force": dict(force or {}),
+        "triton": triton.__version__, "sms": hardware.facts.num_sms, "clock": hardware.clock,
+        "copy_bandwidth": hardware.copy_bandwidth, "bandwidth_source": hardware.bandwidth_source,
+        "copy_start": hardware.copy_start, "copy_start_source": hardware.copy_start_source,
+        "l2_window": hardware.l2_window, "calibrated": device in testing.calibrated(),
     }  # fmt: skip
 
 
@@ -135,24 +141,25 @@ def rows_of(revision: str, device: str, cases: Sequence[Case], only: str | None,
 
 def evidence(
     device: str, cases: Sequence[Case], dtype: str, out: Path, *, only: str | None = None, folder: Path | None = None,
-    base: str | None = None, baseline: bool = False, processes: int = 0,
+    base: str | None = None, baseline: bool = False, processes: int = 0, force: Mapping[str, Any] | None = None,
 ) -> bool:  # fmt: skip
     """Compile the cases, print a table (of what changed since `base`), write evidence.json and evidence.png; True if
     every case compiled.
 
-    `folder`: where to keep the code of every launch; `baseline`: write bench/results/evidence.json too.
+    `folder`: where to keep the code of every launch; `baseline`: write bench/results/evidence.json too; `force`: limits
+    of the schedule other than those that stand.
     """
     processes = processes or min(os.cpu_count() or 1, 8)
     before = rows_of(base, device, cases, only, dtype, processes) if base else None
-    rows, found, failures = gather(device, cases, dtype, processes, folder)
-    shared, compiled = head(device, dtype), counted(found)
+    rows, found, failures = gather(device, cases, dtype, processes, folder, force)
+    shared, compiled = head(device, dtype, force), counted(found)
     with compiling():
         save(out, "evidence", shared | {"summary": summary(rows) | {"variants": compiled}, "rows": rows})
     if before is not None:
         names = {case.name for case in cases}
         print_changes(base or "", [row for row in before["rows"] if row["case"] in names], rows)
     elif rows:
-        print_calls(rows, testing.HARDWARE[device], dtype)
+        print_calls(rows, testing.HARDWARE[device], dtype, force or {})
         print_variants(rows, compiled)
         console.print(f"JSON and picture: {plot(rows, shared, out).parent}", soft_wrap=True)
     if baseline and not failures:

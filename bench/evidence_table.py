@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from normops import testing
 from normops.testing import Hardware
 
 from .cases import CASES
@@ -12,20 +13,28 @@ from .common import console, print_table
 from .figures import IDLE, LARGE, OVER_FLOOR, Row, problems, summary, worst
 
 COLUMNS = (
-    "case", "call", "engine", "n", "floor", "L2 MB", "win", "regs", "bits", "waves", "idle", "KB", "pred us",
+    "case", "call", "engine", "n", "bytes", "win", "regs", "bits", "idle", "KB", "instr", "mufu", "rounds", "bars",
+    "pred us", "of floor", "bound",
 )  # fmt: skip
 CALLS = {"forward": "fwd", "backward": "bwd"}
 FORMATS = {"contiguous": "", "channels_last": " cl", "channels_last_3d": " cl"}
 LEGEND = (
-    "cl: channels_last. n: launches. floor: bytes to and from DRAM / the least possible. L2 MB: reads assumed to be "
-    "found in L2, win: MB that must stay there for it. regs: of a thread, + bytes spilled. bits: narrowest access to "
-    "tensors of x's size, and / what the shape allows where that is more. waves, idle (SMs without a program), KB in "
-    "flight per SM: of launches that touch such tensors. All of the worst launch. pred us: predicted, not measured."
+    "cl: channels_last. n: launches. bytes: to and from DRAM / the least possible; win: MB that must stay in L2 for "
+    "it. regs: of a thread, + bytes spilled. bits: narrowest access to tensors of x's size, and / what the shape "
+    "allows where that is more. idle (SMs without a program), KB under way at once per SM: of launches that touch such "
+    "tensors. instr, mufu: instructions executed for each element of x, and special functions among them. rounds: of "
+    "loads that a program waits for one after the other; bars: barriers of a program; of the worst launch. pred us: "
+    "predicted, not measured; of floor: the share of it that copying the least bytes would take; bound: what holds the "
+    "call for most of its time."
 )
 
 
 def megabytes(n: int) -> str:
     return f"{n / 1e6:.1f}" if n else ""
+
+
+def number(value: float | None, digits: int) -> str:
+    return "?" if value is None else f"{value:.{digits}f}"
 
 
 def cells(row: Row) -> list[str]:
@@ -40,11 +49,13 @@ def cells(row: Row) -> list[str]:
         bits += f"/{row['allowed_bits']}"
     return [
         CALLS[row["direction"]] + FORMATS[row["format"]], row["engine"], str(len(row["launches"])),
-        mark(f"{row['over_floor']:.2f}", "over floor"), megabytes(row["l2_bytes"]), megabytes(row["l2_window_bytes"]),
+        mark(f"{row['over_floor']:.2f}", "over floor"), megabytes(row["l2_window_bytes"]),
         mark(f"{figures['registers']}" + f"+{figures['spills']}" * bool(figures["spills"]), "spills"),
         mark(bits, "narrow"),
-        f"{figures['waves']:.1f}", mark(f"{figures['idle']:.0%}" if figures["idle"] else "", "idle"),
-        f"{figures['in_flight_bytes'] / 1e3:.0f}", f"{row['predicted_us']:.1f}",
+        mark(f"{figures['idle']:.0%}" if figures["idle"] else "", "idle"),
+        f"{figures['in_flight_bytes'] / 1e3:.0f}", number(row["instructions_per_element"], 1),
+        number(row["mufu_per_element"], 1), number(row["rounds"], 0), number(row["barriers"], 0),
+        number(row["predicted_us"], 1), number(row["of_floor"], 2), row["bound"] or "?",
     ]  # fmt: skip
 
 
@@ -72,16 +83,26 @@ def sentence(counts: dict[str, Any]) -> str:
     )
 
 
-def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str) -> None:
-    title = f"{hardware.title}, {dtype}: compiled, not run"
+def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str, force: Mapping[str, Any]) -> None:
+    forced = f", forced: {', '.join(f'{name}={value}' for name, value in force.items())}" if force else ""
+    title = f"{hardware.title}, {dtype}: compiled, not run{forced}"
     print_table(title, COLUMNS, lines(rows))
     console.print(LEGEND, markup=False, highlight=False)
-    console.print(
-        f"Predicted time = DRAM bytes / {hardware.copy_bandwidth / 1e12:.2f} TB/s ({hardware.bandwidth_source}) + "
-        f"launches x {hardware.launch_floor * 1e6:.1f} us ({hardware.launch_floor_source}).",
-        markup=False, highlight=False,
-    )  # fmt: skip
+    console.print(basis(hardware), markup=False, highlight=False)
     console.print(sentence(summary(rows)), markup=False, highlight=False, style="bold")
+
+
+def basis(hardware: Hardware) -> str:
+    """Where predicted times and the floor come from."""
+    known = testing.calibrated()
+    model = (
+        f"model calibrated on {known[hardware.name]['source']}" if hardware.name in known else
+        f"uncalibrated: the model of another device with the clock, SMs and bandwidth of {hardware.title}"
+    )  # fmt: skip
+    return (
+        f"Predicted times: {model}. Floor: {hardware.copy_start * 1e6:.1f} us ({hardware.copy_start_source}) + bytes / "
+        f"{hardware.copy_bandwidth / 1e12:.2f} TB/s ({hardware.bandwidth_source})."
+    )
 
 
 def print_variants(rows: Sequence[Row], variants: Mapping[str, int]) -> None:

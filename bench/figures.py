@@ -1,4 +1,4 @@
-"""Figures of a call that was compiled but not run: from its plan, its launches and facts of the device.
+"""Figures of a call that was compiled but not run: from its plan, its machine code and facts of the device.
 
 Their names and meanings are listed in bench/schema.md.
 """
@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import prod
+from math import inf, prod
 from typing import Any
 
 from normops import cost, schedule
 from normops.plan import Launch
-from normops.testing import Hardware, VirtualLaunch
+from normops.testing import Demand, Hardware, Time, VirtualLaunch
+from normops.testing.explain import direction
 
-SCHEMA = 1
+SCHEMA = 2
 OVER_FLOOR, IDLE, LARGE = 1.05, 0.1, 4e6
 """From where on a call counts as wasteful: bytes by floor, share of idle SMs, and how many bytes x must have for it."""
 Row = dict[str, Any]
@@ -22,14 +23,6 @@ Row = dict[str, Any]
 
 def tile(planned: Launch) -> dict[str, int]:
     return {name.removeprefix("BLOCK_"): n for name, n in planned.constants.items() if name.startswith("BLOCK_")}
-
-
-def points(planned: Launch) -> int:
-    """Elements of x in one tile: no more along an axis than x has."""
-    given, block = planned.given, tile(planned)
-    m, c, a, s = (prod(n or given["N0"] for n in sizes) for sizes in given["SPACE"])
-    extents = {"K": m if given["ALONG_M"] else c, "A": a, "S": s}
-    return prod(min(block[axis], extent) for axis, extent in extents.items())
 
 
 def allowed_bits(layout: Any, itemsize: int) -> int:
@@ -54,49 +47,82 @@ def narrowest(launch: VirtualLaunch, pointers: Iterable[str]) -> int | None:
     return min(found, default=None)
 
 
+def rounded(value: float) -> float:
+    """Four digits, so that a file stays readable and does not change with the order of a sum."""
+    return float(f"{value:.4g}")
+
+
+def features(launch: VirtualLaunch, dram_bytes: int) -> Row:
+    """What the model of times knows of a launch, by the names of ``testing.Demand``."""
+    return {name: rounded(value) if isinstance(value, float) else value
+            for name, value in Demand.of(launch, dram_bytes)._asdict().items()}  # fmt: skip
+
+
+def demand(launch: Row) -> Demand:
+    """The same, from a row of a file."""
+    return Demand(**{name: launch[name] for name in Demand._fields})
+
+
+EXECUTED = ("shuffles", "shared_loads", "shared_stores", "atomics", "fences", "local")
+"""Kinds of instructions that are listed beside those of the model."""
+
+
+def executed(launch: VirtualLaunch, dram_bytes: int, time: Time | None) -> Row:
+    """What the warps of a launch execute, and the time that the model gives it; nothing is known of it on AMD."""
+    if time is None:
+        names = (*Demand._fields, *EXECUTED, "instructions_at_most", "unsure", "in_flight_bytes", "bound", "parts_us")
+        return dict.fromkeys(names) | {
+            "programs": prod(launch.grid), "warps": launch.num_warps, "resident": launch.resident,
+            "dram_bytes": dram_bytes, "tickets": 0, "predicted_us": None,
+        }  # fmt: skip
+    done = launch.executed
+    most = done.at_most["instructions"]
+    return features(launch, dram_bytes) | {
+        **{kind: rounded(done[kind]) for kind in EXECUTED},
+        "instructions_at_most": rounded(most) if most < inf else None, "unsure": len(done.deciding),
+        "in_flight_bytes": round(launch.in_flight), "bound": time.bound, "predicted_us": round(time.us, 2),
+        "parts_us": {name: rounded(us) for name, us in time._asdict().items() if name != "us"},
+    }  # fmt: skip
+
+
 def describe_launch(
-    launch: VirtualLaunch, planned: Launch, moved: Mapping[str, cost.Moved], itemsizes: Mapping[str, int], sms: int
+    launch: VirtualLaunch, planned: Launch, moved: Mapping[str, cost.Moved], dram_bytes: int, time: Time | None
 ) -> Row:
     """One launch; `moved`: operand -> bytes as ``cost.traffic`` counts them."""
     streams = {pointer: name for pointer, name in planned.operands.items() if name in cost.STREAMS and name in moved}
-    grid = prod(launch.grid)
-    row = {
-        "kernel": launch.name, "grid": grid, "tile": tile(planned), "warps": launch.num_warps,
-        "registers": launch.registers, "spills": launch.spills, "stack": launch.stack, "shared": launch.shared,
-        "resident": launch.resident, "waves": round(launch.waves, 3), "idle": round(max(0.0, 1 - grid / sms), 3),
-    }  # fmt: skip
+    idle = max(0.0, 1 - prod(launch.grid) / launch.hardware.facts.num_sms)
     accesses = launch.accesses()
-    row |= {
-        "moved_bytes": sum(map(sum, moved.values())),
+    return {"kernel": launch.name, "tile": tile(planned), **executed(launch, dram_bytes, time)} | {
+        "registers": launch.registers, "spills": launch.spills, "stack": launch.stack, "shared": launch.shared,
+        "waves": round(launch.waves, 3), "idle": round(idle, 3), "moved_bytes": sum(map(sum, moved.values())),
         "wide_loads": wide_share(accesses, "load"), "wide_stores": wide_share(accesses, "store"),
-        "narrowest_bits": narrowest(launch, streams) if streams else None,
-        "barriers": launch.barriers, "atomics": launch.atomics, "streams": bool(streams), "in_flight_bytes": None,
+        "narrowest_bits": narrowest(launch, streams) if streams else None, "streams": bool(streams),
     }  # fmt: skip
-    if streams:
-        loaded = sum(itemsizes[name] for name in streams.values() if moved[name].loads)
-        row["in_flight_bytes"] = min(launch.resident, -(-grid // sms)) * points(planned) * loaded
-    return row
 
 
 def describe_call(key: Row, planned: Any, launches: Sequence[VirtualLaunch], hardware: Hardware) -> Row:
     """One direction of one call: `key` names it, `planned` is its entry in ``testing.plans()``."""
-    plan, itemsizes = planned.plan, planned.itemsizes
-    names = [launch.kernel.__name__ for launch in plan.launches]
-    if names != [launch.name for launch in launches]:
-        raise RuntimeError(f"the plan launches {names}, the device saw {[launch.name for launch in launches]}")
-    hbm = cost.hbm(plan, itemsizes, hardware.l2_window)
-    floor = cost.floor(plan, itemsizes)
+    call = direction(planned, launches, hardware)
+    plan, itemsizes, hbm, floor = call.plan, planned.itemsizes, call.hbm, call.floor_bytes
+    times = call.prediction.launches if call.prediction else [None] * len(launches)
     described = [
-        describe_launch(launch, entry, moved, itemsizes, hardware.facts.num_sms)
-        for launch, entry, moved in zip(launches, plan.launches, cost.traffic(plan, itemsizes), strict=True)
+        describe_launch(launch, entry, moved, sum(dram), time)
+        for launch, entry, moved, dram, time in zip(
+            launches, plan.launches, call.moved, hbm.launches, times, strict=True
+        )
     ]
-    seconds = hbm.bytes / hardware.copy_bandwidth + len(launches) * hardware.launch_floor
+    known = call.prediction is not None
     return key | {
-        "pattern": plan.layout.pattern, "engine": plan.engine, "x_bytes": plan.layout.numel * itemsizes["x"],
+        "pattern": plan.layout.pattern, "engine": plan.engine, "x_bytes": call.x_bytes,
         "workspace_bytes": sum(elements * itemsizes[name] for name, elements in plan.workspace if elements),
         "hbm_bytes": hbm.bytes, "floor_bytes": floor, "over_floor": round(hbm.bytes / max(floor, 1), 3),
         "l2_bytes": hbm.cached, "l2_window_bytes": hbm.window,
-        "predicted_us": round(seconds * 1e6, 2),
+        "instructions_per_element": rounded(call.per_element()) if known else None,
+        "mufu_per_element": rounded(call.per_element("mufu")) if known else None,
+        "rounds": max((n["rounds"] for n in described), default=0.0) if known else None,
+        "barriers": max((n["barriers"] for n in described), default=0.0) if known else None,
+        "floor_us": round(call.floor_us, 2), "predicted_us": round(call.predicted_us, 2) if known else None,
+        "of_floor": round(call.of_floor, 3) if known else None, "bound": call.bound,
         "allowed_bits": allowed_bits(plan.streamed, itemsizes["x"]), "launches": described,
     }  # fmt: skip
 
@@ -116,7 +142,7 @@ def worst(row: Row) -> Row:
         "narrowest_bits": min(widths, default=None),
         "waves": min((launch["waves"] for launch in streams), default=0.0),
         "idle": max((launch["idle"] for launch in streams), default=0.0),
-        "in_flight_bytes": min((launch["in_flight_bytes"] for launch in streams), default=0),
+        "in_flight_bytes": min((launch["in_flight_bytes"] or 0 for launch in streams), default=0),
     }
 
 

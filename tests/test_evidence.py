@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,16 +32,19 @@ from bench.figures import (
     describe_call,
     describe_launch,
     narrowest,
-    points,
     problems,
     summary,
     wide_share,
     worst,
 )
+from bench.figures import (
+    demand as demand_of,
+)
 from normops import functional, testing
 from normops.cost import Moved
 from normops.layout import coalesce, dense_strides
 from normops.plan import Launch
+from normops.testing.executed import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {
@@ -77,7 +81,7 @@ def name(row: dict[str, Any]) -> str:
     return f"{row['case']} {row['format']} {row['direction']}"
 
 
-@pytest.mark.parametrize("device", ["h200", "b200"])  # sm_80, for time, by python -m bench evidence
+@pytest.mark.parametrize("device", ["h100", "b200"])  # sm_80, for time, by python -m bench evidence
 def test_the_case_table(device: str, tmp_path: Path) -> None:
     rows = measured(tmp_path, "--device", device)
     calls = [(c.name, fmt, d) for c in CASES for fmt in c.formats for d in ("forward", "backward")]
@@ -105,7 +109,7 @@ def test_the_case_table(device: str, tmp_path: Path) -> None:
     # Partial dw and db of very long rows are 8 bytes a column for every 32 rows of 6 bytes.
     wasteful = [name(row) for row in rows if row["over_floor"] > (1.67 if row["engine"] == "split" else 1.1)]
     assert not wasteful, f"bytes over 1.67 of the floor where split, 1.1 elsewhere: {wasteful}"
-    if device == "h200":
+    if device == "h100":
         windows = {name(row): row["l2_window_bytes"] for row in rows if row["engine"] == "ticketed"}
         assert max(windows.values()) <= 20e6, windows
         # x of these: in channels_last, whole samples or batches of a few channels above 14 MB; rows of 32 MB.
@@ -118,10 +122,11 @@ def test_the_case_table(device: str, tmp_path: Path) -> None:
 
 def launch_row(kernel: str = "normalize", **changes: Any) -> dict[str, Any]:
     row = {
-        "kernel": kernel, "grid": 1000, "tile": {"K": 1, "A": 1024, "S": 1}, "warps": 4, "registers": 40, "spills": 0,
-        "stack": 0, "shared": 64, "resident": 8, "waves": 0.95, "idle": 0.0, "moved_bytes": 10, "wide_loads": 1.0,
-        "wide_stores": 1.0, "narrowest_bits": 128, "barriers": 2, "atomics": 0, "streams": True,
-        "in_flight_bytes": 16384,
+        "kernel": kernel, "programs": 1000, "tile": {"K": 1, "A": 1024, "S": 1}, "warps": 4, "registers": 40,
+        "spills": 0, "stack": 0, "shared": 64, "resident": 8, "waves": 0.95, "idle": 0.0, "moved_bytes": 10,
+        "wide_loads": 1.0, "wide_stores": 1.0, "narrowest_bits": 128, "streams": True, "in_flight_bytes": 16384,
+        "instructions": 500.0, "mufu": 4.0, "wavefronts": 20.0, "barriers": 2.0, "atomics": 0.0, "atomic_rounds": 0.0,
+        "rounds": 2.0, "sectors": 1e5,
     }  # fmt: skip
     return row | changes
 
@@ -130,8 +135,9 @@ def call_row(*launches: dict[str, Any], **changes: Any) -> dict[str, Any]:
     row = {
         "case": "vit-b", "format": "contiguous", "dtype": "bf16", "direction": "forward", "pattern": "KRa",
         "engine": "resident", "x_bytes": 10**7, "workspace_bytes": 100, "hbm_bytes": 2 * 10**7,
-        "floor_bytes": 2 * 10**7, "over_floor": 1.0, "l2_bytes": 0, "l2_window_bytes": 0, "predicted_us": 7.2,
-        "allowed_bits": 128, "launches": list(launches) or [launch_row()],
+        "floor_bytes": 2 * 10**7, "over_floor": 1.0, "l2_bytes": 0, "l2_window_bytes": 0, "predicted_us": 10.0,
+        "floor_us": 9.0, "of_floor": 0.9, "bound": "memory", "instructions_per_element": 12.0, "mufu_per_element": 0.1,
+        "rounds": 2.0, "barriers": 2.0, "allowed_bits": 128, "launches": list(launches) or [launch_row()],
     }  # fmt: skip
     return row | changes
 
@@ -143,6 +149,7 @@ def first(**changes: Any) -> Callable[[dict[str, Any]], None]:
 WORSE = {
     "spills": (first(spills=16), "spills 0 -> 16"),
     "narrowest": (first(narrowest_bits=16), "narrowest_bits 128 -> 16"),
+    "rounds": (first(rounds=3.0), "rounds 2.0 -> 3.0"),
     "occupancy": (first(resident=7), "occupancy 32+ warps -> 16+ warps"),
     "occupancy, warps": (first(resident=1, warps=4), "occupancy 32+ warps -> under 8 warps"),
 }
@@ -179,6 +186,17 @@ def test_a_kernel_that_is_new_to_a_call_may_not_spill_or_be_narrower() -> None:
     ]
 
 
+def test_more_instructions_are_worse_beyond_what_a_sample_may_shift() -> None:
+    before = call_row()
+    (more,) = compare([before], [call_row(instructions_per_element=13.0)])
+    assert str(more) == "vit-b contiguous bf16 forward: instructions_per_element 12.0 -> 13.0" and more.worse
+    (fewer,) = compare([before], [call_row(instructions_per_element=11.0)])
+    assert fewer.worse is False
+    assert compare([before], [call_row(instructions_per_element=12.1)]) == []
+    unknown = call_row(launch_row(rounds=None), instructions_per_element=None)
+    assert compare([unknown], [before]) == [] == compare([before], [unknown]), "nothing is known on AMD"
+
+
 def test_kernels_that_a_call_launches_twice_are_told_apart() -> None:
     before = call_row(launch_row("apply", registers=32), launch_row("apply", registers=64))
     after = copy.deepcopy(before)
@@ -199,7 +217,8 @@ def test_calls_that_come_and_go() -> None:
 
 def test_between_versions_of_triton_only_plans_and_new_spills_count() -> None:
     before, after = call_row(launch_row(spills=0)), call_row(launch_row(spills=8))
-    for figures in ({"narrowest_bits": 16}, {"resident": 1}, {"registers": 255}):
+    assert compare([before], [call_row(launch_row(spills=0), instructions_per_element=99.0)], exact=False) == []
+    for figures in ({"narrowest_bits": 16}, {"resident": 1}, {"registers": 255}, {"rounds": 9.0}):
         assert compare([before], [call_row(launch_row(**figures))], exact=False) == []
     assert [c.figure for c in compare([before], [after], exact=False)] == ["spills"]
     more = call_row(launch_row(spills=80))
@@ -208,7 +227,7 @@ def test_between_versions_of_triton_only_plans_and_new_spills_count() -> None:
 
 
 def head(**changes: Any) -> dict[str, Any]:
-    return {"schema": SCHEMA, "device": "h200", "dtype": "bf16", "triton": triton.__version__} | changes
+    return {"schema": SCHEMA, "device": "h100", "dtype": "bf16", "triton": triton.__version__} | changes
 
 
 def test_a_baseline_comes_back_sorted_and_the_same_every_time(tmp_path: Path) -> None:
@@ -226,14 +245,14 @@ def test_a_baseline_comes_back_sorted_and_the_same_every_time(tmp_path: Path) ->
 def test_a_baseline_says_what_is_worse_and_what_is_stale(tmp_path: Path) -> None:
     path = tmp_path / "evidence.json"
     write_baseline(path, head(), [call_row(launch_row(spills=8))])
-    assert against_baseline("h200", "bf16", [call_row(launch_row(spills=8))], path) == ([], "")
-    worse, stale = against_baseline("h200", "bf16", [call_row(launch_row(spills=0))], path)
+    assert against_baseline("h100", "bf16", [call_row(launch_row(spills=8))], path) == ([], "")
+    worse, stale = against_baseline("h100", "bf16", [call_row(launch_row(spills=0))], path)
     assert worse == [] and "1 figures better" in stale and "--baseline" in stale
-    worse, _ = against_baseline("h200", "bf16", [call_row(launch_row(spills=12))], path)
+    worse, _ = against_baseline("h100", "bf16", [call_row(launch_row(spills=12))], path)
     assert worse == ["vit-b contiguous bf16 forward normalize: spills 8 -> 12"]
     write_baseline(path, head(triton="1.0"), [call_row(launch_row(spills=8))])
-    assert against_baseline("h200", "bf16", [call_row(launch_row(spills=12))], path) == ([], "")
-    with pytest.raises(ValueError, match="holds h200 bf16, not a100 bf16"):
+    assert against_baseline("h100", "bf16", [call_row(launch_row(spills=12))], path) == ([], "")
+    with pytest.raises(ValueError, match="holds h100 bf16, not a100 bf16"):
         against_baseline("a100", "bf16", [], path)
     write_baseline(path, head(schema=SCHEMA + 1), [])
     with pytest.raises(ValueError, match=f"must have schema {SCHEMA}, has {SCHEMA + 1}"):
@@ -272,8 +291,13 @@ def test_another_commit_is_checked_out_and_removed_whatever_happens(repository: 
 class Launched:
     """What a virtual device says of a launch."""
 
-    name, num_warps, registers, spills, stack, shared = "normalize", 4, 40, 0, 0, 64
-    resident, barriers, atomics = 12, 2, 0
+    num_warps, registers, spills, stack, shared = 4, 40, 0, 0, 64
+    resident, in_flight, hardware = 12, 4096.0, testing.HARDWARE["h100"]
+    executed = testing.Executed(
+        programs=100, warps=4, counts=dict.fromkeys(KINDS, 8.0), at_most=dict.fromkeys(KINDS, math.inf), rounds=2.0,
+        atomic_rounds=0.0, cycles=500.0, further_rounds=0.0, further_cycles=0.0, loaded=1e6, stored=1e6,
+        sectors=62500.0, in_flight=1024.0, wavefronts=20.0, size=100.0, tickets=False, deciding=(), binary=None,  # type: ignore[arg-type]
+    )  # fmt: skip
 
     def __init__(self, name: str, grid: int, widths: dict[str | None, dict[tuple[str, int], int]]) -> None:
         self.name, self.grid, self.waves = name, (grid, 1, 1), grid / (12 * 132)
@@ -283,10 +307,9 @@ class Launched:
         return self.widths.get(argument, {})
 
 
-def planned_launch(grid: int, space: tuple[tuple[int, ...], ...], n0: int, **blocks: int) -> Launch:
-    kernel = SimpleNamespace(arg_names=["x_ptr", "post_ptr", "y_ptr", "w_ptr", "N0", "SPACE"])
-    constants = {"SPACE": space, "ALONG_M": True, **{f"BLOCK_{k}": v for k, v in blocks.items()}}
-    return Launch(kernel, grid, ("x", "post", "y", "w"), (n0,), constants, 4)
+def planned_launch(grid: int, **blocks: int) -> Launch:
+    kernel = SimpleNamespace(arg_names=["x_ptr", "post_ptr", "y_ptr", "w_ptr", "N0"])
+    return Launch(kernel, grid, ("x", "post", "y", "w"), (3,), {f"BLOCK_{k}": v for k, v in blocks.items()}, 4)
 
 
 def test_shares_of_wide_accesses() -> None:
@@ -311,25 +334,24 @@ def test_the_narrowest_access_is_that_of_the_pointers_asked_for() -> None:
     assert narrowest(launch, ["x_ptr"]) is None
 
 
-def test_a_tile_has_no_more_points_than_x() -> None:
-    space = ((0,), (1,), (768,), (1,))
-    assert points(planned_launch(10, space, 3, K=4, A=1024, S=1)) == 3 * 768
-    assert points(planned_launch(10, space, 300, K=4, A=512, S=1)) == 4 * 512
-
-
 def test_a_launch_in_figures() -> None:
-    planned = planned_launch(100, ((0,), (1,), (768,), (1,)), 100, K=1, A=1024, S=1)
+    planned = planned_launch(100, K=1, A=1024, S=1)
     launch: Any = Launched("normalize", 100, {None: {("load", 128): 1}, "x_ptr": {("load", 32): 1}})
     moved = {"x": Moved(153600, 0), "post": Moved(153600, 0), "y": Moved(0, 153600), "w": Moved(1536, 0)}
-    row = describe_launch(launch, planned, moved, {"x": 2, "post": 4, "y": 2, "w": 4}, sms=132)
-    assert row["idle"] == round(32 / 132, 3)
-    assert row["moved_bytes"] == 3 * 153600 + 1536
+    demand = testing.Demand.of(launch, 5000)
+    (time,) = testing.predict([demand]).launches
+    row = describe_launch(launch, planned, moved, 5000, time)
+    assert row["idle"] == round(32 / 132, 3) and row["tile"] == {"K": 1, "A": 1024, "S": 1}
+    assert row["moved_bytes"] == 3 * 153600 + 1536 and row["dram_bytes"] == 5000
     assert row["narrowest_bits"] == 32 and row["wide_loads"] == 1.0 and row["wide_stores"] is None
-    assert row["in_flight_bytes"] == 768 * (2 + 4), "one program an SM, which loads x and post"
-    wide = describe_launch(Launched("normalize", 132 * 20, {}), planned, moved, {"x": 2, "post": 4}, sms=132)
-    assert wide["idle"] == 0 and wide["in_flight_bytes"] == 12 * 768 * 6, "no more than are resident"
-    partial = describe_launch(launch, planned, {"w": Moved(4, 4)}, {"w": 4}, sms=132)
-    assert not partial["streams"] and partial["in_flight_bytes"] is None and partial["narrowest_bits"] is None
+    assert row["instructions"] == 8 and row["instructions_at_most"] is None and row["rounds"] == 2
+    assert row["in_flight_bytes"] == 4096 and row["bound"] == time.bound and row["unsure"] == 0
+    assert demand_of(row) == demand, "a file holds all that a prediction needs"
+    assert sum(row["parts_us"].values()) > row["predicted_us"] == round(time.us, 2)
+    partial = describe_launch(launch, planned, {"w": Moved(4, 4)}, 0, time)
+    assert not partial["streams"] and partial["narrowest_bits"] is None
+    unknown = describe_launch(launch, planned, moved, 5000, None)
+    assert unknown.keys() == row.keys() and unknown["instructions"] is None and unknown["dram_bytes"] == 5000
 
 
 @pytest.mark.parametrize(
@@ -376,12 +398,18 @@ def test_a_call_in_figures() -> None:
     launched: list[Any] = [
         Launched(launch.kernel.__name__, launch.grid, {"x_ptr": {("load", 128): 1}}) for launch in call.plan.launches
     ]
-    hardware = testing.HARDWARE["h200"]
+    hardware = testing.HARDWARE["h100"]
     row = describe_call({"case": "made up"}, call, launched, hardware)
     assert row["engine"] == "resident" and row["pattern"] == "KR" and row["x_bytes"] == x.nbytes
     assert row["floor_bytes"] == row["hbm_bytes"] == 2 * x.nbytes + 2 * 6 * 4, "x, y, mean, rstd"
     assert row["workspace_bytes"] == 2 * 6 * 4 and row["over_floor"] == 1
-    seconds = row["hbm_bytes"] / hardware.copy_bandwidth + hardware.launch_floor
-    assert row["predicted_us"] == round(seconds * 1e6, 2)
+    assert row["floor_us"] == round(1.9 + row["floor_bytes"] / 2.96e6, 2)
+    executed = 8.0 * 4 * 100 * 32 / (6 * 64)
+    assert row["instructions_per_element"] == row["mufu_per_element"] == float(f"{executed:.4g}")
+    (launch,) = row["launches"]
+    assert row["predicted_us"] > launch["predicted_us"] > 0 and row["bound"] in ("launches", launch["bound"])
+    assert row["of_floor"] == pytest.approx(row["floor_us"] / row["predicted_us"], abs=0.002)
+    other = describe_call({}, call, launched, testing.HARDWARE["mi300x"])
+    assert other.keys() | {"case"} == row.keys() and other["predicted_us"] is None and other["bound"] is None
     with pytest.raises(RuntimeError, match=r"the plan launches \['normalize'\], the device saw \[\]"):
         describe_call({}, call, [], hardware)

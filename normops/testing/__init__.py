@@ -4,8 +4,11 @@ a named device.
 All work for any Triton kernel, not only for those of normops.
 """
 
-from .hardware import HARDWARE, Hardware
+from .executed import Executed
+from .explain import Direction, Explanation, explain
+from .hardware import HARDWARE, Hardware, hardware_of
 from .plans import Planned, plans
+from .predict import Demand, Prediction, Time, calibrated, model_of, predict
 from .prepared import prepare_once
 from .race import Race, race
 from .traffic import Traffic, traffic
@@ -13,13 +16,24 @@ from .virtual import VirtualDevice, VirtualLaunch, virtual_device
 
 __all__ = [
     "HARDWARE",
+    "Demand",
+    "Direction",
+    "Executed",
+    "Explanation",
     "Hardware",
     "Planned",
+    "Prediction",
     "Race",
+    "Time",
     "Traffic",
     "VirtualDevice",
     "VirtualLaunch",
+    "calibrated",
+    "explain",
+    "hardware_of",
+    "model_of",
     "plans",
+    "predict",
     "prepare_once",
     "race",
     "traffic",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -52,11 +53,28 @@ class Binary:
 
     def cuobjdump(self, option: str) -> str:
         """What NVIDIA's cuobjdump says of the machine code: "-sass", "-res-usage", ..."""
+        return self._ask(knobs.nvidia.cuobjdump.path, option)
+
+    def _ask(self, *command: str) -> str:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(self.asm["cubin"])
             file.flush()
-            tool = [knobs.nvidia.cuobjdump.path, option, file.name]
-            return subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+            return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+    @cached_property
+    def lines(self) -> dict[int, str]:
+        """Address of an instruction -> file and line of the source that it was compiled from."""
+        text = self._ask(knobs.nvidia.nvdisasm.path, "-g", "-c")
+        found, line = {}, ""
+        mine = text.partition(f".text.{self.name}:")[2]
+        for m in re.finditer(r'//## File "([^"]*)", line (\d+)|^\s+/\*([0-9a-f]{4,})\*/|^\.text\.', mine, flags=re.M):
+            if m[1]:
+                line = f"{os.path.basename(m[1])}:{m[2]}"
+            elif m[3]:
+                found[int(m[3], 16)] = line
+            else:
+                break  # another function
+        return found
 
     def _cubin_usage(self) -> Usage:
         out = self.cuobjdump("-res-usage")

@@ -15,6 +15,7 @@ from triton.runtime import driver
 
 from .. import launch
 from .binary import Binary, Parameter
+from .executed import Executed, execute
 from .hardware import HARDWARE, Hardware
 
 # Triton keeps compiled kernels per number of a device: no two virtual devices may share one, nor a real one have it.
@@ -39,7 +40,7 @@ class VirtualLaunch:
     (True, 0, True)
     """
 
-    __slots__ = ("_arguments", "binary", "grid", "hardware")
+    __slots__ = ("_arguments", "_executed", "binary", "grid", "hardware")
 
     def __init__(self, hardware: Hardware, binary: Binary, grid: tuple[int, int, int], arguments: Any) -> None:
         self.hardware = hardware
@@ -47,6 +48,7 @@ class VirtualLaunch:
         """The compiled kernel; launches of the same one share it."""
         self.grid = grid
         self._arguments = arguments
+        self._executed: Executed | None = None
 
     @property
     def name(self) -> str:
@@ -92,13 +94,30 @@ class VirtualLaunch:
 
     @property
     def barriers(self) -> int:
-        """Instructions in the code that wait for other warps; how often they run is another matter."""
+        """Instructions in the code that wait for other warps; how often they run, ``executed`` says."""
         return self.binary.barriers
 
     @property
     def atomics(self) -> int:
-        """Instructions in the code that are atomic on global memory."""
+        """Instructions in the code that are atomic on global memory; how often they run, ``executed`` says."""
         return self.binary.atomics
+
+    @property
+    def executed(self) -> Executed:
+        """What its warps execute, walked through the machine code: instructions, barriers, rounds of loads, ...
+
+        Raises NotImplementedError on AMD.
+        """
+        if self._executed is None:
+            self._executed = execute(self.binary, self.grid, self.arguments)
+        return self._executed
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that the loads of all programs on one SM have under way at once, at most."""
+        x, y, z = self.grid
+        together = min(self.resident, -(-x * y * z // self.hardware.facts.num_sms))
+        return self.executed.in_flight * self.executed.warps * together
 
     def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
         """("load" or "store", bits) -> instructions on global memory, through one pointer argument or all.

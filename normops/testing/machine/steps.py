@@ -1,0 +1,81 @@
+"""A kernel's machine code, prepared once for all walks through it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .code import Instruction, meeting_points
+from .lanes import Value
+from .meaning import meaning
+from .operands import Act, place, predicate
+
+LATENCY = {
+    "MUFU": 22, "SHFL": 24, "LDS": 30, "LDSM": 33, "LDC": 40, "LDCU": 30, "ULDC": 12, "S2R": 20, "S2UR": 20,
+    "R2UR": 12, "POPC": 18, "FLO": 18, "I2F": 18, "F2I": 18, "F2F": 18, "VOTEU": 12, "BREV": 18, "ATOMS": 60, "LDL": 40,
+}  # fmt: skip
+"""Cycles until a result is there, of what is not computed in a fixed time and does not leave the SM.  Nominal: the
+model of times scales the cycles of a warp by a factor that was fitted."""
+OTHERS = 14
+"""The same of what is not listed."""
+ACCESSES = {"LDG": "global", "STG": "global", "LDGSTS": "global", "LDS": "shared", "STS": "shared", "LDSM": "matrix",
+            "STSM": "matrix", "SHFL": "shuffle"}  # fmt: skip
+FAR = ("LDG", "LDGSTS", "ATOMG", "ATOM", "SYNCS")
+"""What leaves the SM and comes back: a wait for it is a round."""
+
+
+class Step(NamedTuple):
+    """An instruction, prepared."""
+
+    i: Instruction
+    act: Act | None
+    guard: Any
+    meets: int
+    control: bool
+    """Whether it may go elsewhere than to the next one."""
+    latency: int
+    far: str
+    """"" or what the round is of: "loads", "atomics"."""
+    address: Any
+    """Of an access to global or shared memory; None: no access, or a shuffle."""
+    access: str
+    """"": none, "global", "shared" or "shuffle"."""
+
+
+class Code:
+    """A kernel's machine code, prepared once for all walks."""
+
+    def __init__(self, code: Sequence[Instruction]) -> None:
+        self._wavefronts: dict[Any, int] = {}
+        self.places = {i.address: k for k, i in enumerate(code)}
+        self.steps = [self._step(i, m) for i, m in zip(code, meeting_points(code), strict=True)]
+
+    def _step(self, i: Instruction, meets: int) -> Step:
+        far = "" if i.head not in FAR or (i.sets is None and i.head != "LDGSTS") else (
+            "loads" if i.head in ("LDG", "LDGSTS", "SYNCS") else "atomics")  # fmt: skip
+        return Step(
+            i, meaning(i), predicate(i.guard) if i.guard else None, meets,
+            i.head in ("BRA", "EXIT", "CALL", "RET", "BRX", "JMP", "BAR", "DEPBAR", "LDGDEPBAR"),
+            LATENCY.get(i.head, OTHERS), far, place(i) if i.head in ACCESSES and i.head != "SHFL" else None,
+            ACCESSES.get(i.head, ""),
+        )  # fmt: skip
+
+    def wavefronts(self, at: Value, width: int) -> int:
+        """Turns of one access to shared memory: a bank gives one word of 4 bytes at a time, to all lanes that want it.
+
+        Accesses of 64 and 128 bits come in as many parts, of 16 and 8 lanes.
+        """
+        words = max(1, width // 4)
+        if not isinstance(at, np.ndarray):
+            return 1 if at is not None else words
+        key = (int(at[0]) & 127, (at - at[0]).tobytes(), words)
+        known = self._wavefronts.get(key)
+        if known is None:
+            each = 32 // words
+            parts = [np.unique((at[k : k + each, None] >> 2) + np.arange(words, dtype=np.uint64))
+                     for k in range(0, len(at), each)]  # fmt: skip
+            known = sum(int(np.bincount((part & 31).astype(np.int64)).max()) for part in parts)
+            self._wavefronts[key] = known
+        return known
