@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 
 from bench import checks, gpu, ncu, records, timing, workers
 from bench.cases import CASES, Case
-from bench.device import Replay
+from bench.device import Cuda, Replay
 from bench.peers import PROVIDERS
 from bench.shell import Ran, Shell
 from bench.timing import Job
@@ -253,6 +255,38 @@ def test_a_wrong_provider_is_not_timed() -> None:
     wrong = timing.Provider("wrong", lambda case: lambda i: (i["x"] * i["weight"].sum() * i["bias"].sum(),))
     rows = timing.time_job(Job(BY_NAME[TINY], "contiguous", "fp32"), FakeDevice(), [wrong])
     assert [row["ok"] for row in rows] == [False] and rows[0]["error"].startswith("wrong: ")
+
+
+class Held:
+    """Something that a call holds, as a backward holds what its forward saved."""
+
+
+class FakeGraph:
+    def replay(self) -> None:
+        pass
+
+
+class Capturing(Cuda):
+    """A device whose graphs are doubles."""
+
+    def __init__(self) -> None:
+        self._stream = None
+
+    stream = staticmethod(nullcontext)
+
+
+def test_a_replay_keeps_alive_what_its_calls_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    held = Held()
+    alive = weakref.ref(held)
+    replay = Capturing().capture([partial(id, held)])
+    del held
+    gc.collect()
+    assert replay.graph and alive() is not None
+    del replay
+    gc.collect()
+    assert alive() is None
 
 
 def test_poison_fills_fresh_memory() -> None:
