@@ -57,7 +57,7 @@ def examine(task: tuple[str, Job]) -> list[Row]:
         if provider.reason(case, job.format, providers.DTYPES[job.dtype]):
             continue
         try:
-            rows.append(mine | {"share": check(job, provider, provider.build(case), shape), "ok": True})
+            rows.append(mine | check(job, provider, provider.build(case), shape) | {"ok": True})
         except Exception as error:  # said here and again where it would be timed
             rows.append(mine | {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]})
     return rows

@@ -115,15 +115,16 @@ def own(inputs: providers.Inputs) -> providers.Inputs:
     return inputs | copies
 
 
-def check(job: Job, provider: Provider, call: Call, shape: tuple[int, ...]) -> float:
-    """The worst error of a provider as a share of its bound.  Raises AssertionError where it is not within it."""
+def check(job: Job, provider: Provider, call: Call, shape: tuple[int, ...]) -> Row:
+    """The worst error of a provider as a share of its bound, and `kinks` (bench/providers.py).  Raises AssertionError
+    where it is not within its bound."""
     inputs, dtype = job.inputs(shape, job.seed), providers.DTYPES[job.dtype]
-    _, errors = providers.errors_of(call, job.case, inputs, dtype, provider.slack)
+    _, errors, kinks = providers.errors_of(call, job.case, inputs, dtype, provider.slack)
     worst = max(errors, key=lambda name: errors[name]["share"])
     share = errors[worst]["share"]
     if not share <= 1:
         raise AssertionError(f"wrong: {worst} is off by {share:.3g} times its bound")
-    return share
+    return {"share": share, "kinks": kinks}
 
 
 def backend(outputs: providers.Outputs) -> str | None:
@@ -183,14 +184,14 @@ def right(job: Job, device: Any, offered: Sequence[Provider]) -> tuple[dict[str,
             continue
         try:
             call = provider.build(job.case)
-            share = check(job, provider, call, shape)
+            checked = check(job, provider, call, shape)
             device.release()
             facts = memory(device, provider.name, call, job.inputs(shape, job.seed))
         except Exception as error:  # a provider that cannot do a case is reported as such
             known = isinstance(error, AssertionError) and str(error).startswith("wrong")
             rows.append(row | {"error": str(error) if known else f"{type(error).__name__}: {error}"[:500]})
         else:
-            found[provider.name] = call, facts | {"share": share}
+            found[provider.name] = call, facts | checked
         device.release()
     return found, rows
 
