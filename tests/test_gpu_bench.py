@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import checks, gpu, ncu, records, timing, workers
-from bench.cases import CASES, Case
-from bench.device import Cuda, Replay
+from bench import checks, common, gpu, ncu, records, timing, workers
+from bench.cases import CASES
 from bench.peers import PROVIDERS
-from bench.shell import Ran, Shell
+from bench.shell import Shell
 from bench.timing import Job
+from tests.bench_doubles import BY_NAME, TINY, FakeDevice, FakeShell, serial
 
 ROOT = Path(__file__).resolve().parents[1]
-BY_NAME = {case.name: case for case in CASES}
-TINY = "image instance"
 
 
 class Clock:
@@ -35,65 +30,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class FakeDevice:
-    """Shrunken shapes on the CPU; each provider takes as many microseconds as its replay was the nth to be made."""
-
-    rotates = False
-
-    def __init__(self) -> None:
-        self.made: list[Replay] = []
-        self.captures = 0
-
-    def shape(self, case: Case) -> tuple[int, ...]:
-        return case.small
-
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        yield
-
-    def capture(self, calls: Sequence[Callable[[], Any]]) -> Replay:
-        kept = [call() for call in calls]
-        self.made.append(Replay(lambda: None, kept, len(kept) > 0))
-        return self.made[-1]
-
-    def elapsed(self, replay: Replay) -> float:
-        return 1e4 + 1.0 * next(i for i, made in enumerate(self.made) if made is replay)
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def release(self) -> None:
-        pass
-
-
-class FakeShell:
-    """No program is there but nvidia-smi and those named; what they print."""
-
-    def __init__(self, **outputs: str) -> None:
-        self.outputs = {"nvidia-smi": "NVIDIA H200, 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 80 W, 700 W, 30, P0"}
-        self.outputs |= {name.replace("_", "-"): text for name, text in outputs.items()}
-        self.commands: list[list[str]] = []
-
-    def which(self, name: str) -> str | None:
-        return name if name in self.outputs else None
-
-    def run(self, command: Sequence[str], seconds: float, **environment: str) -> Ran:
-        self.commands.append(list(command))
-        name = "pytest" if "pytest" in command else command[0]
-        return Ran(0, self.outputs.get(name, ""), 1.0)
-
-
-def serial(function: Callable[[Any], Any], tasks: Sequence[Any], **_: Any) -> Iterator[tuple[int, Any]]:
-    for index, task in enumerate(tasks):
-        try:
-            yield index, function(task)
-        except Exception as error:
-            yield index, workers.Failed(f"{type(error).__name__}: {error}")
 
 
 def launch_lines(start: int, kernels: Sequence[str]) -> str:
@@ -230,63 +166,20 @@ def test_names_are_never_taken_twice(tmp_path: Path) -> None:
     assert [run["file"] for run in records.read(tmp_path)] == sorted(names)
 
 
-@pytest.mark.parametrize(("provider", "case", "memory_format", "dtype", "reason"), [
-    ("liger", "resnet stem", "contiguous", "bf16", "LayerNorm and RMSNorm over the last axis only"),
-    ("liger", "unet 640x32", "channels_last", "bf16", "copies channels_last to contiguous"),
-    ("liger", "long row 131072", "contiguous", "bf16", "rows of at most 65536 elements"),
-    ("cudnn-frontend", "unet 640x32", "contiguous", "bf16", "no node for this norm"),
-    ("quack", "vit-b", "contiguous", "fp64", "no fp64"),
-    ("torch, cuDNN off", "resnet stem", "contiguous", "bf16", "eager does not use cuDNN here either"),
-    ("apex group_norm", "unet 640x32", "contiguous", "bf16", "GroupNorm in channels_last only"),
-    ("apex groupbn", "resnet stem", "channels_last", "bf16", "BatchNorm in fp16 and channels_last only"),
-])  # fmt: skip
-def test_reasons_to_skip(provider: str, case: str, memory_format: str, dtype: str, reason: str) -> None:
-    (found,) = (p for p in PROVIDERS if p.name == provider)
-    assert found.reason(BY_NAME[case], memory_format, timing.providers.DTYPES[dtype]) == reason
-
-
-def test_what_is_not_installed_says_so() -> None:
-    (apex,) = (p for p in PROVIDERS if p.name == "apex group_norm")
-    reason = apex.reason(BY_NAME["unet 640x32"], "channels_last", torch.bfloat16)
-    assert reason is None or reason.startswith(("not installed: apex", "apex.contrib.group_norm does not load"))
-
-
-def test_a_wrong_provider_is_not_timed() -> None:
-    wrong = timing.Provider("wrong", lambda case: lambda i: (i["x"] * i["weight"].sum() * i["bias"].sum(),))
-    rows = timing.time_job(Job(BY_NAME[TINY], "contiguous", "fp32"), FakeDevice(), [wrong])
-    assert [row["ok"] for row in rows] == [False] and rows[0]["error"].startswith("wrong: ")
-
-
-class Held:
-    """Something that a call holds, as a backward holds what its forward saved."""
-
-
-class FakeGraph:
-    def replay(self) -> None:
-        pass
-
-
-class Capturing(Cuda):
-    """A device whose graphs are doubles."""
-
-    def __init__(self) -> None:
-        self._stream = None
-
-    stream = staticmethod(nullcontext)
-
-
-def test_a_replay_keeps_alive_what_its_calls_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
-    held = Held()
-    alive = weakref.ref(held)
-    replay = Capturing().capture([partial(id, held)])
-    del held
-    gc.collect()
-    assert replay.graph and alive() is not None
-    del replay
-    gc.collect()
-    assert alive() is None
+def test_a_repository_around_the_checkout_says_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("one")
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert len(common.environment()["commit"]) == 40 and records.dirty() is False
+    (tmp_path / "inner" / "file").write_text("two")
+    assert records.dirty() is True
+    monkeypatch.setattr(common, "ROOT", tmp_path / "inner")
+    assert common.environment()["commit"] is None and records.dirty() is None
 
 
 def test_poison_fills_fresh_memory() -> None:
