@@ -21,13 +21,23 @@ from .console import console as console
 from .console import print_table as print_table
 from .console import progress_bar as progress_bar
 
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where it has no git of its own: a repository around it is another one."""
+
+    def said(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return said(*arguments) if Path(said("rev-parse", "--show-toplevel")).samefile(ROOT) else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
 
 def environment() -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
@@ -36,7 +46,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
         "cuda": torch.version.cuda if cuda else None,
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "commit": commit,
+        "commit": git("rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
