@@ -20,6 +20,7 @@ from . import workers
 from .console import console as console
 from .console import print_table as print_table
 from .console import progress_bar as progress_bar
+from .device import healthy
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,18 +75,22 @@ def load(out: Path, name: str) -> dict[str, Any] | None:
 
 
 def run_all(
-    function: Callable[[Any], Any], tasks: Sequence[Any], label: str, processes: int = 0, limit: float = 1800.0
-) -> Iterator[tuple[int, Any]]:
+    function: Callable[[Any], Any], tasks: Sequence[Any], label: str, processes: int = 0, limit: float = 1800.0,
+    **options: Any,
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """(index, function(task) or workers.Failed) as they finish, behind a progress bar.
 
     One process a core (16 at most) unless `processes` says otherwise, one on a GPU; a task has `limit` seconds.
+    `options`: those of workers.run.
     """
     processes = processes or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 16))
     until = time.monotonic() + limit * len(tasks)
     with progress_bar() as progress:
         bar = progress.add_task(label, total=len(tasks))
         alone = partial(single_threaded, function)
-        for index, answer in workers.run(alone, tasks, workers=processes, until=until, limit=limit):
+        for index, answer in workers.run(
+            alone, tasks, workers=processes, until=until, limit=limit, healthy=healthy, **options
+        ):
             yield index, answer
             progress.advance(bar)
 

@@ -135,15 +135,17 @@ class Run:
 
     def each(
         self, stage: str, function: Callable[[Any], Any], tasks: Sequence[Any], names: Sequence[str], until: float,
-        crew: int = 1, weights: Sequence[float] = (),
+        crew: int = 1, weights: Sequence[float] = (), **options: Any,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
-        """(index, result or Failed) of tasks in processes of their own; lists those that did not begin."""
+        """(index, result or Failed) of tasks in processes of their own; lists those that there was no time for."""
         left = dict(enumerate(names))
         found = self.pool(
             function, tasks, workers=crew, until=until, limit=LIMITS[stage], weights=weights, capacity=self.capacity,
-            healthy=healthy,
+            healthy=healthy, **options,
         )  # fmt: skip
         for index, answer in found:
+            if answer == workers.Failed(workers.CUT_OFF):
+                continue
             del left[index]
             if isinstance(answer, workers.Failed):
                 console.print(f"{stage}: {names[index]}: {answer.reason}", markup=False, style="red", soft_wrap=True)
@@ -168,8 +170,14 @@ class Run:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # for the processes that start now: there are many
         rows: list[Row] = []
         self.content["verify"] = rows
+
+        def again(task: tuple[str, Job], failed: workers.Failed) -> tuple[str, Job] | None:
+            job = timing.spared(task[1], failed)
+            return job and (task[0], job)
+
         try:
-            for index, answer in self.each("verify", self.examine, tasks, names, until, self.crew, weights):
+            found = self.each("verify", self.examine, tasks, names, until, self.crew, weights, again=again)
+            for index, answer in found:
                 kind, job = tasks[index]
                 if isinstance(answer, workers.Failed):
                     provider = "normops" if kind == "values" else "any"
@@ -220,7 +228,9 @@ class Run:
         ]
         self.content["timing"] = rows = []
         self.content["clocks_before"] = records.clocks(self.shell)
-        for index, answer in self.each("timing", self.time_job, jobs, [job.name for job in jobs], until):
+        for index, answer in self.each(
+            "timing", self.time_job, jobs, [job.name for job in jobs], until, again=timing.spared
+        ):
             if isinstance(answer, workers.Failed):
                 answer = [jobs[index].key | {"provider": "any", "ok": False, "error": answer.reason}]
             rows += answer

@@ -203,12 +203,15 @@ def test_ncu_that_stops_early_says_what_is_missing() -> None:
 
 
 def work(task: str) -> str:
-    if task == "die":
-        os._exit(3)
-    if task == "hang":
-        time.sleep(60)
+    with workers.at_work("the beginning"):
+        pass
     if task == "raise":
         raise ValueError("no")
+    with workers.at_work("the end"):
+        if task == "die":
+            os._exit(3)
+        if task == "hang":
+            time.sleep(60)
     return task.upper()
 
 
@@ -217,8 +220,9 @@ def test_processes_that_die_or_hang_cost_only_themselves() -> None:
     began = time.monotonic()
     found = dict(workers.run(work, tasks, workers=2, until=began + 60, limit=10))
     assert found[0] == "A" and found[4] == "B"
-    assert found[1].reason == "the process died (exit code 3)" and found[2].reason == "ValueError: no"
-    assert found[3].reason == "hung for 10 s"
+    assert found[1] == workers.Failed("the process died (exit code 3)", "the end")
+    assert found[2] == workers.Failed("ValueError: no")
+    assert found[3] == workers.Failed("hung for 10 s", "the end")
 
 
 def test_no_task_begins_without_time() -> None:
