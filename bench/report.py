@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,8 @@ def placed(text: str, content: str) -> str:
 
 def report(folder: Path, readme: Path) -> bool:
     """Write the section and the pictures; True if anything changed in the README."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
     runs = records.read(folder)
     old = readme.read_text(encoding="utf-8")
     new = placed(old, section(runs))
@@ -154,6 +157,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=records.FOLDER, help="folder of results files")
     parser.add_argument("--readme", type=Path, default=README)
     given = parser.parse_args(arguments)
-    changed = report(given.results, given.readme)
+    try:
+        changed = report(given.results, given.readme)
+    except (OSError, ValueError) as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return 2
     console.print(f"{given.readme}: {'written' if changed else 'unchanged'}", markup=False, soft_wrap=True)
     return 0
