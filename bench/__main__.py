@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 
+if __name__ == "__main__" and "--help" not in sys.argv:
+    print("python -m bench", *sys.argv[1:], flush=True)  # the imports take seconds
+
 if __name__ == "__main__" and sys.argv[1:2] in (["gpu"], ["tune"]):  # where there is only Python, torch and triton
     from importlib import import_module
 
@@ -11,7 +14,7 @@ if __name__ == "__main__" and sys.argv[1:2] in (["gpu"], ["tune"]):  # where the
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -90,16 +93,32 @@ def finish(out: Path, *oks: bool) -> None:
     raise typer.Exit(0 if all(oks) else 1)
 
 
+def here(context: typer.Context, parameter: Any) -> bool:
+    """Whether the command line gives a parameter before the command."""
+    source = context.get_parameter_source(parameter.name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
 @app.callback(invoke_without_command=True)
 def everything(
     context: typer.Context, only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16"
 ) -> None:
     """Without a command: verify; time on a CUDA device, else compile for one and time the host; train."""
-    if context.invoked_subcommand is None:
-        oks = [verify_all(only, out, seed), time_all(only, out, seed, dtype)]
-        if not torch.cuda.is_available():
-            oks += [evidence_all("h200", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
-        finish(out, *oks, train_all(out, seed))
+    command, given = context.invoked_subcommand, [p.opts[0] for p in context.command.params if here(context, p)]
+    if command is not None:
+        if given:
+            raise typer.BadParameter(f"{', '.join(given)} must come after the command {command}")
+        return
+    cuda = torch.cuda.is_available()
+    parts = ["time"] if cuda else ["evidence for an H200", "host"]
+    console.print(f"{', '.join(['verify', *parts, 'train'])}: {len(select(only))} cases; results: {out}", markup=False)
+    oks = [verify_all(only, out, seed)]
+    if cuda:
+        oks.append(time_all(only, out, seed, dtype))
+    else:
+        console.print("no CUDA device: nothing is timed on one")
+        oks += [evidence_all("h200", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
+    finish(out, *oks, train_all(out, seed))
 
 
 @app.command()
@@ -111,6 +130,9 @@ def verify(only: Only = None, out: Out = OUT, seed: Seed = 0) -> None:
 @app.command()
 def time(only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16") -> None:
     """Time of every case against PyTorch, the libraries that are installed and a copy (needs CUDA)."""
+    if not torch.cuda.is_available():
+        print("python -m bench time needs a CUDA device, and torch sees none: nothing was timed", file=sys.stderr)
+        raise typer.Exit(2)
     finish(out, time_all(only, out, seed, dtype))
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from . import providers
+from .device import healthy
 from .peers import PROVIDERS
 from .shell import Shell
 from .timing import Job, Row, check, own
 from .verify import schedule_of, shape_of, verify_one
+from .workers import at_work
 
 WAITING = frozenset({"ticketed", "grad_ticketed", "cooperative", "grad_cooperative"})
 """Names of kernels that wait for other programs of their launch."""
@@ -51,15 +53,20 @@ def examine(task: tuple[str, Job]) -> list[Row]:
         with poisoned():
             found = verify_one(case, case.formats[job.format], providers.DTYPES[job.dtype], job.seed)
         return [row | {"provider": "normops"} | {k: v for k, v in found.items() if k != "errors"}]
-    rows = []
+    rows, lost = [], dict(job.lost)
     for provider in PROVIDERS[1:]:
         mine = row | {"provider": provider.name}
         if provider.reason(case, job.format, providers.DTYPES[job.dtype]):
             continue
-        try:
-            rows.append(mine | {"share": check(job, provider, provider.build(case), shape), "ok": True})
-        except Exception as error:  # said here and again where it would be timed
-            rows.append(mine | {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]})
+        if provider.name in lost:
+            rows.append(mine | {"ok": False, "error": lost[provider.name]})
+            continue
+        with at_work(provider.name):
+            try:
+                rows.append(mine | check(job, provider, provider.build(case), shape) | {"ok": True})
+            except Exception as error:  # said here and again where it would be timed
+                rows.append(mine | {"ok": False, "error": f"{type(error).__name__}: {error}"[:500]})
+            healthy()
     return rows
 
 

@@ -20,14 +20,25 @@ from . import workers
 from .console import console as console
 from .console import print_table as print_table
 from .console import progress_bar as progress_bar
+from .device import healthy
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def git(*arguments: str) -> str | None:
+    """What git says of this checkout; None where it has no git of its own: a repository around it is another one."""
+
+    def said(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return said(*arguments) if Path(said("rev-parse", "--show-toplevel")).samefile(ROOT) else None
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def environment() -> dict[str, Any]:
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     cuda = torch.cuda.is_available()
     return {
         "torch": torch.__version__,
@@ -36,7 +47,7 @@ def environment() -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if cuda else platform.machine() + " CPU",
         "cuda": torch.version.cuda if cuda else None,
         "interpreter": os.environ.get("TRITON_INTERPRET") == "1",
-        "commit": commit,
+        "commit": git("rev-parse", "HEAD"),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -64,18 +75,22 @@ def load(out: Path, name: str) -> dict[str, Any] | None:
 
 
 def run_all(
-    function: Callable[[Any], Any], tasks: Sequence[Any], label: str, processes: int = 0, limit: float = 1800.0
-) -> Iterator[tuple[int, Any]]:
+    function: Callable[[Any], Any], tasks: Sequence[Any], label: str, processes: int = 0, limit: float = 1800.0,
+    **options: Any,
+) -> Iterator[tuple[int, Any]]:  # fmt: skip
     """(index, function(task) or workers.Failed) as they finish, behind a progress bar.
 
     One process a core (16 at most) unless `processes` says otherwise, one on a GPU; a task has `limit` seconds.
+    `options`: those of workers.run.
     """
     processes = processes or (1 if torch.cuda.is_available() else min(os.cpu_count() or 1, 16))
     until = time.monotonic() + limit * len(tasks)
     with progress_bar() as progress:
         bar = progress.add_task(label, total=len(tasks))
         alone = partial(single_threaded, function)
-        for index, answer in workers.run(alone, tasks, workers=processes, until=until, limit=limit):
+        for index, answer in workers.run(
+            alone, tasks, workers=processes, until=until, limit=limit, healthy=healthy, **options
+        ):
             yield index, answer
             progress.advance(bar)
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from threading import Event, Thread
+from time import monotonic
 from typing import Any
 
 try:
@@ -26,31 +29,65 @@ class PlainConsole:
         print(STYLE.sub("", text) if markup else text, flush=True)
 
 
-class PlainProgress:
-    """The little of rich's Progress that is used here: it shows nothing."""
+INTERVAL = 10.0
+"""Seconds between lines of a progress that is no bar."""
 
-    def __enter__(self) -> PlainProgress:
+
+@dataclass
+class Task:
+    label: str
+    total: int | None
+    done: int = 0
+
+
+class LineProgress:
+    """The little of rich's Progress that is used here, as lines, for logs and pipes: one at the start, one at the first
+    that is done, and one every ten seconds."""
+
+    def __enter__(self) -> LineProgress:
+        self._tasks: list[Task] = []
+        self._began, self._over = monotonic(), Event()
+        self._clock = Thread(target=self._tick, daemon=True)
+        self._clock.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._over.set()
+        self._clock.join()
+
+    def _tick(self) -> None:
+        while not self._over.wait(INTERVAL):
+            for task in list(self._tasks):
+                self._print(task)
+
+    def _print(self, task: Task) -> None:
+        so_far = "" if task.total is None else f"{task.done} of {task.total}, "
+        console.print(f"{task.label}: {so_far}{monotonic() - self._began:.0f} s", markup=False, highlight=False)
 
     def add_task(self, description: str, total: int | None = None) -> int:
-        return 0
+        self._tasks.append(Task(description, total))
+        self._print(self._tasks[-1])
+        return len(self._tasks) - 1
 
     def advance(self, task: int) -> None:
-        pass
+        self._tasks[task].done += 1
+        if self._tasks[task].done == 1:
+            self._print(self._tasks[task])
 
-    def track(self, items: Iterable[Any], description: str = "") -> Iterable[Any]:
-        return items
+    def track(self, items: Sequence[Any], description: str = "done") -> Iterator[Any]:
+        task = self.add_task(description, len(items))
+        for item in items:
+            yield item
+            self.advance(task)
 
 
 console: Any = Console(width=None if sys.stdout.isatty() else 120) if Console else PlainConsole()
 
 
 def progress_bar() -> Any:
-    if not Console:
-        return PlainProgress()
+    """A bar on a terminal, lines elsewhere."""
+    if not Console or not console.is_terminal:
+        return LineProgress()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     return Progress(*columns, console=console, transient=True)
 

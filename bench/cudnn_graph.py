@@ -11,6 +11,8 @@ from torch import Tensor
 NODES = {"layer": "layernorm", "rms": "rmsnorm", "instance": "instancenorm", "batch": "batchnorm"}
 HOST = ("epsilon", "momentum")
 """Passed by value."""
+FIRST, FIRST_OUT = 1, 101
+"""Uids of the first input and output: cuDNN's RMSNorm takes 0 for a tensor that is missing."""
 Meta = tuple[tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype], ...]
 
 
@@ -22,7 +24,7 @@ def handle() -> Any:
 
 
 def construct(node: str, inputs: Meta, outputs: tuple[torch.dtype | None, ...], owner: Any) -> Any:
-    """A graph of one node: inputs have the uids 0, 1, …, outputs 100, 101, … (None: there is no such output)."""
+    """A graph of one node: inputs have the uids 1, 2, …, outputs 101, 102, … (None: there is no such output)."""
     import cudnn
 
     kinds = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}
@@ -33,7 +35,7 @@ def construct(node: str, inputs: Meta, outputs: tuple[torch.dtype | None, ...], 
             name=name, dim=list(shape), stride=list(stride), data_type=getattr(cudnn.data_type, kinds[dtype]), uid=uid,
             is_pass_by_value=name in HOST,
         )
-        for uid, (name, shape, stride, dtype) in enumerate(inputs)
+        for uid, (name, shape, stride, dtype) in enumerate(inputs, FIRST)
     }  # fmt: skip
     if node.endswith("_backward"):
         options = {"has_dbias": False} if node == "rmsnorm_backward" else {}
@@ -42,7 +44,7 @@ def construct(node: str, inputs: Meta, outputs: tuple[torch.dtype | None, ...], 
         if node == "rmsnorm":
             options["bias"] = None
     made = getattr(graph, node)(name=node, **given, **options)
-    for uid, (result, dtype) in enumerate(zip(made, outputs, strict=True), 100):
+    for uid, (result, dtype) in enumerate(zip(made, outputs, strict=True), FIRST_OUT):
         if dtype is not None:
             result.set_uid(uid).set_output(True).set_data_type(getattr(cudnn.data_type, kinds[dtype]))
     return graph
@@ -68,7 +70,7 @@ def execute(node: str, inputs: dict[str, Tensor], outputs: tuple[Tensor | None, 
     meta = tuple((name, tuple(t.shape), t.stride(), t.dtype) for name, t in inputs.items())
     graph, size = build(node, meta, tuple(None if t is None else t.dtype for t in outputs))
     cudnn.set_stream(handle=handle(), stream=torch.cuda.current_stream().cuda_stream)
-    pack = dict(enumerate(inputs.values())) | {uid: t for uid, t in enumerate(outputs, 100) if t is not None}
+    pack = dict(enumerate(inputs.values(), FIRST)) | {u: t for u, t in enumerate(outputs, FIRST_OUT) if t is not None}
     graph.execute(pack, torch.empty(max(1, size), dtype=torch.uint8, device=outputs[0].device), handle=handle())
 
 

@@ -19,7 +19,8 @@ class Replay:
 
     run: Callable[[], Any]
     kept: Any
-    """What the calls returned, kept so that no two of them write the same memory."""
+    """What a graph reads and writes, alive as long as it is replayed: the calls with all they hold (autograd's saved
+    tensors among it), and what they returned, so that no two of them write the same memory."""
     graph: bool
     """Whether a CUDA graph is replayed; else the calls are made from Python, whose time may show."""
     why: str | None = None
@@ -59,7 +60,7 @@ class Cuda:
             torch.cuda.synchronize()  # raises in turn where the device is lost
             self._call(calls)
             return Replay(lambda: self._call(calls), None, False, f"{type(error).__name__}: {error}"[:300])
-        return Replay(graph.replay, (graph, kept), True)
+        return Replay(graph.replay, (graph, list(calls), kept), True)
 
     def _call(self, calls: Sequence[Callable[[], Any]]) -> None:
         with torch.cuda.stream(self._stream):
@@ -88,6 +89,8 @@ class Cuda:
         return peak
 
     def release(self) -> None:
+        """Give memory back.  Raises where the device is lost."""
+        torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -23,7 +23,7 @@ import torch
 
 from . import checks, ncu, records, timing, workers
 from .cases import Case, select
-from .console import console
+from .console import console, progress_bar
 from .device import healthy
 from .peers import COMPILED
 from .providers import DTYPES
@@ -135,25 +135,33 @@ class Run:
 
     def each(
         self, stage: str, function: Callable[[Any], Any], tasks: Sequence[Any], names: Sequence[str], until: float,
-        crew: int = 1, weights: Sequence[float] = (),
+        crew: int = 1, weights: Sequence[float] = (), **options: Any,
     ) -> Iterator[tuple[int, Any]]:  # fmt: skip
-        """(index, result or Failed) of tasks in processes of their own; lists those that did not begin."""
+        """(index, result or Failed) of tasks in processes of their own; lists those that there was no time for."""
         left = dict(enumerate(names))
         found = self.pool(
             function, tasks, workers=crew, until=until, limit=LIMITS[stage], weights=weights, capacity=self.capacity,
-            healthy=healthy,
+            healthy=healthy, **options,
         )  # fmt: skip
-        for index, answer in found:
-            del left[index]
-            if isinstance(answer, workers.Failed):
-                console.print(f"{stage}: {names[index]}: {answer.reason}", markup=False, style="red", soft_wrap=True)
-            yield index, answer
+        with progress_bar() as progress:
+            bar = progress.add_task(stage, total=len(tasks))
+            for index, answer in found:
+                if answer == workers.Failed(workers.CUT_OFF):
+                    continue
+                del left[index]
+                if isinstance(answer, workers.Failed):
+                    text = f"{stage}: {names[index]}: {answer.reason}"
+                    console.print(text, markup=False, style="red", soft_wrap=True)
+                yield index, answer
+                progress.advance(bar)
         if left:
             self.content["not_run"][stage] = list(left.values())
             console.print(f"{stage}: no time for {len(left)} of {len(tasks)}", markup=False)
 
     def suite(self, until: float) -> None:
-        self.content["suite"] = found = checks.suite(self.shell, until - self.budget.clock())
+        with progress_bar() as progress:
+            progress.add_task("suite", total=None)
+            self.content["suite"] = found = checks.suite(self.shell, until - self.budget.clock())
         console.print(f"test suite: {found['status']}", found.get("reason", ""), markup=False)
         console.print(found.get("tail", "")[-1500:], markup=False, soft_wrap=True)
 
@@ -168,8 +176,14 @@ class Run:
         os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # for the processes that start now: there are many
         rows: list[Row] = []
         self.content["verify"] = rows
+
+        def again(task: tuple[str, Job], failed: workers.Failed) -> tuple[str, Job] | None:
+            job = timing.spared(task[1], failed)
+            return job and (task[0], job)
+
         try:
-            for index, answer in self.each("verify", self.examine, tasks, names, until, self.crew, weights):
+            found = self.each("verify", self.examine, tasks, names, until, self.crew, weights, again=again)
+            for index, answer in found:
                 kind, job = tasks[index]
                 if isinstance(answer, workers.Failed):
                     provider = "normops" if kind == "values" else "any"
@@ -220,7 +234,9 @@ class Run:
         ]
         self.content["timing"] = rows = []
         self.content["clocks_before"] = records.clocks(self.shell)
-        for index, answer in self.each("timing", self.time_job, jobs, [job.name for job in jobs], until):
+        for index, answer in self.each(
+            "timing", self.time_job, jobs, [job.name for job in jobs], until, again=timing.spared
+        ):
             if isinstance(answer, workers.Failed):
                 answer = [jobs[index].key | {"provider": "any", "ok": False, "error": answer.reason}]
             rows += answer
@@ -268,6 +284,7 @@ def main(arguments: Sequence[str]) -> int:
         print("python -m bench gpu needs a CUDA device, and torch sees none: nothing was run", file=sys.stderr)
         return 2
     budget = Budget(max(1.0, given.minutes * 60 - RESERVE))
+    console.print(f"{len(select(given.only))} cases, {given.minutes:g} minutes at most", markup=False)
     shell = Shell()
     head = records.head(shell, given.commit) | {"options": {k: str(v) for k, v in vars(given).items() if k != "out"}}
     run = Run(

@@ -22,7 +22,7 @@ import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -40,6 +40,7 @@ from normops import autograd, calls, functional, launch, nn
 from normops.testing import virtual_device
 
 from .common import console, print_table, save
+from .console import LineProgress
 
 DEVICE = "h200"
 TARGET = {"LayerNorm": "LayerNorm", "RMSNorm": "RMSNorm", "BatchNorm": "LayerNorm"}
@@ -157,9 +158,10 @@ def both_ways(subject: Subject) -> Callable[[], Any]:
 
 
 def interleaved(
-    functions: dict[Any, Callable[[], Any]], blocks: int, calls: int, rest: Callable[[], Any] = lambda: None
-) -> dict[Any, tuple[float, float]]:
-    """(median, smallest) microseconds of one call of each, over blocks that take turns."""
+    functions: dict[Any, Callable[[], Any]], blocks: int, calls: int, rest: Callable[[], Any] = lambda: None,
+    watched: Callable[[range], Iterable[int]] = iter,
+) -> dict[Any, tuple[float, float]]:  # fmt: skip
+    """(median, smallest) microseconds of one call of each, over blocks that take turns; `watched` sees the turns."""
     found: dict[Any, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         for _ in range(5):
@@ -168,7 +170,7 @@ def interleaved(
     gc.collect()
     gc.disable()
     try:
-        for _ in range(blocks):
+        for _ in watched(range(blocks)):
             for name, function in functions.items():
                 start = perf_counter()
                 for _ in range(calls):
@@ -307,7 +309,10 @@ def measure(blocks: int, calls: int) -> dict[str, Any]:
                 engines[s.norm], inner[s.norm] = stages(s)
                 functions |= {(s.norm, "stage", name): function for name, function in inner[s.norm].items()}
         functions |= {("", "plain", name): function for name, function in plain(device).items()}
-        times = interleaved(functions, blocks, calls, torch.cuda.synchronize if cuda else lambda: None)
+        rest = torch.cuda.synchronize if cuda else lambda: None
+        with LineProgress() as progress:  # never a bar, which is drawn ten times a second
+            watched = partial(progress.track, description=f"host: turns of {calls} times {len(functions)} calls")
+            times = interleaved(functions, blocks, calls, rest, watched)
 
     rows = [
         {"norm": s.norm, "provider": s.provider}

@@ -160,7 +160,7 @@ def by_quack(case: Case, i: Inputs) -> Outputs:
 
 def refuses_cudnn(case: Case, memory_format: str, dtype: torch.dtype) -> str | None:
     if case.norm in ("batch", "instance"):
-        return narrow(dtype)
+        return "its backward takes channels_last only" if memory_format == "contiguous" else narrow(dtype)
     if case.norm not in ("layer", "rms"):
         return "no node for this norm"
     return rows_only(case, dtype, 2**31)

@@ -6,14 +6,13 @@ import importlib.metadata
 import json
 import os
 import re
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .common import environment, text
+from .common import environment, git, text
 
 FOLDER = Path(__file__).parent / "results"
 KIND, SCHEMA = "gpu", 1
@@ -49,12 +48,8 @@ def versions() -> dict[str, str]:
 
 def dirty() -> bool | None:
     """Whether tracked files differ from the commit; None where git does not say."""
-    git = ["git", "-C", str(FOLDER.parent), "status", "--porcelain", "--untracked-files=no"]
-    try:
-        done = subprocess.run(git, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return bool(done.stdout.strip())
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    return None if changes is None else bool(changes)
 
 
 def head(shell: Any, commit: str | None = None) -> Content:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import records
+from . import records, workers
 from .console import console
 from .gpu import FIRST
 
@@ -16,8 +17,15 @@ START, END = "<!-- results -->", "<!-- /results -->"
 NOTHING = "Not measured yet: no run of `python -m bench gpu` is committed, so this page makes no claim about speed."
 OWN, BASELINES = "normops", ("torch", "torch.compile")
 DIRECTIONS = ("forward", "backward")
+LEGEND = (
+    "Of copy floor: the time of a copy of the bytes that a fused call must move, over the time of the call. Others: "
+    "their time over that of normops. –: it does not do the call, or was not there. ✗: it failed, or its results were "
+    "out of their bound. A star: not captured in a CUDA graph, so the time may be the host's."
+)
 Content = dict[str, Any]
 Row = dict[str, Any]
+Call = tuple[str, str, str]
+"""Case, memory format, dtype."""
 
 
 def latest(runs: Sequence[Content]) -> dict[str, list[Content]]:
@@ -43,13 +51,26 @@ def timed(runs: Sequence[Content]) -> list[Row]:
     return list(rows.values())
 
 
-def calls(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[tuple[str, str], Row]]:
+def key_of(row: Row) -> Call:
+    return row["case"], row["format"], row["dtype"]
+
+
+def calls(rows: Sequence[Row]) -> dict[Call, dict[tuple[str, str], Row]]:
     """(case, format, dtype) -> (direction, provider) -> row; the most telling cases first."""
     place = {name: i for i, name in enumerate(FIRST)}
-    found: dict[tuple[str, str, str], dict[tuple[str, str], Row]] = {}
+    found: dict[Call, dict[tuple[str, str], Row]] = {}
     for row in sorted(rows, key=lambda row: place.get(row["case"], len(place))):
-        key = (row["case"], row["format"], row["dtype"])
-        found.setdefault(key, {})[row["direction"], row["provider"]] = row
+        found.setdefault(key_of(row), {})[row["direction"], row["provider"]] = row
+    return found
+
+
+def failures(runs: Sequence[Content]) -> dict[Call, dict[str, str]]:
+    """call -> provider ("any": all of them) -> the first line of why it failed; not where another run timed it."""
+    good = {(key_of(row), row["provider"]) for row in timed(runs)}
+    found: dict[Call, dict[str, str]] = {}
+    for row in (row for run in runs for row in run.get("timing", []) if "error" in row):
+        if row["error"] != workers.CUT_OFF and (key_of(row), row["provider"]) not in good:
+            found.setdefault(key_of(row), {})[row["provider"]] = row["error"].splitlines()[0][:200]
     return found
 
 
@@ -70,7 +91,7 @@ def best(call: dict[tuple[str, str], Row], direction: str) -> str:
     return f"{ratio(call, direction, fastest['provider'])} {fastest['provider']}"
 
 
-def table(rows: Sequence[Row]) -> list[str]:
+def table(rows: Sequence[Row], failed: dict[Call, dict[str, str]]) -> list[str]:
     lines = [
         "| case | format | dtype | direction | µs (quartiles) | of copy floor | torch | torch.compile | best other |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -79,7 +100,8 @@ def table(rows: Sequence[Row]) -> list[str]:
         for direction in DIRECTIONS:
             mine = call.get((direction, OWN))
             if mine is not None:
-                others = (ratio(call, direction, name) for name in BASELINES)
+                bad = failed.get((case, memory_format, dtype), {})
+                others = ("✗" if name in bad else ratio(call, direction, name) for name in BASELINES)
                 time = f"{mine['us']:.1f} ({mine['us_low']:.1f}–{mine['us_high']:.1f})"
                 cells = (case, memory_format, dtype, direction, time, f"{mine['of_floor']:.0%}", *others)
                 lines.append(f"| {' | '.join((*cells, best(call, direction)))} |")
@@ -97,13 +119,40 @@ def states(runs: Sequence[Content]) -> str:
     """What was checked in the same runs, and what there was no time for."""
     verified = [r for run in runs for r in run.get("verify", []) if r["provider"] == OWN]
     repeated = [r for run in runs for r in run.get("repeats", [])]
+    finished = [r for r in repeated if "error" not in r]
     left = {name for run in runs for name in run["not_run"].get("timing", [])}
-    done = {f"{r['case']}, {r['format']}, {r['dtype']}" for r in timed(runs)}
+    left |= {", ".join(key_of(r)) for run in runs for r in run["timing"] if r.get("error") == workers.CUT_OFF}
+    done = {key_of(row) for row in timed(runs) if row["provider"] == OWN}
+    lost = [key for key, bad in failures(runs).items() if key not in done and bad.keys() & {OWN, "any"}]
+    left -= {", ".join(key) for key in (*done, *lost)}
     parts = [f"{sum(r['ok'] for r in verified)} of {len(verified)} calls within their bounds of float64",
-             f"{sum(r['ok'] for r in repeated)} of {len(repeated)} with the same bits on every run"]  # fmt: skip
-    if left - done:
-        parts.append(f"no time for {len(left - done)} calls")
+             f"{sum(r['ok'] for r in finished)} of {len(finished)} with the same bits on every run",
+             f"{len(done)} timed"]  # fmt: skip
+    if lost:
+        parts.append(f"{len(lost)} failed")
+    if left:
+        parts.append(f"no time for {len(left)}")
     return "; ".join(parts)
+
+
+def notes(runs: Sequence[Content]) -> list[str]:
+    """What those who made the runs say of them."""
+    return [f"Note: {run['environment']['note']}\n" for run in runs if run["environment"].get("note")]
+
+
+def page(device: str, runs: Sequence[Content]) -> str:
+    """Everything that was timed on a GPU, and what was not for a failure."""
+    failed = failures(runs)
+    lines = [f"# {describe(device, runs)}", "", f"{states(runs)}.", "", *notes(runs), *table(timed(runs), failed), ""]
+    lines += [LEGEND, f"\n![times of every provider over the copy floor]({records.slug(device)}.svg)\n"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for key, bad in failed.items():
+        for provider, why in bad.items():
+            reasons.setdefault((provider, why), []).append(", ".join(key))
+    if reasons:
+        lines += ["## Failed", "", "`any` stands for all providers of a call.", ""]
+        lines += [f"- **{provider}**: {'; '.join(where)}: `{why}`" for (provider, why), where in reasons.items()]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def section(runs: Sequence[Content], names: Sequence[str] = FIRST) -> str:
@@ -114,12 +163,10 @@ def section(runs: Sequence[Content], names: Sequence[str] = FIRST) -> str:
     lines = []
     for device, group in found.items():
         rows = [row for row in timed(group) if row["case"] in names]
-        lines += [f"**{describe(device, group)}.** {states(group)}.", "", *table(rows), ""]
-    lines += [
-        "Others: their time over that of normops. A star: not captured in a CUDA graph, so the time may be the host's.",
-        "All cases, memory and DRAM bytes: [bench/results](bench/results/README.md).",
-    ]
-    return "\n".join(lines)
+        more = f"[All of it, and what failed](bench/results/{records.slug(device)}.md)."
+        lines += [f"**{describe(device, group)}.** {states(group)}. {more}", "", *notes(group)]
+        lines += [*table(rows, failures(group)), ""]
+    return "\n".join([*lines, LEGEND, "What is in the files: [bench/results](bench/results/README.md)."])
 
 
 def placed(text: str, content: str) -> str:
@@ -133,6 +180,8 @@ def placed(text: str, content: str) -> str:
 
 def report(folder: Path, readme: Path) -> bool:
     """Write the section and the pictures; True if anything changed in the README."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
     runs = records.read(folder)
     old = readme.read_text(encoding="utf-8")
     new = placed(old, section(runs))
@@ -145,7 +194,7 @@ def report(folder: Path, readme: Path) -> bool:
 
             title = describe(device, group)
             plot_run(rows, title, folder / f"{records.slug(device)}.svg")
-            (folder / f"{records.slug(device)}.md").write_text("\n".join([f"# {title}", "", *table(rows)]) + "\n")
+            (folder / f"{records.slug(device)}.md").write_text(page(device, group), encoding="utf-8")
     return new != old
 
 
@@ -154,6 +203,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--results", type=Path, default=records.FOLDER, help="folder of results files")
     parser.add_argument("--readme", type=Path, default=README)
     given = parser.parse_args(arguments)
-    changed = report(given.results, given.readme)
+    try:
+        changed = report(given.results, given.readme)
+    except (OSError, ValueError) as error:
+        print(f"python -m bench report: {error}", file=sys.stderr)
+        return 2
     console.print(f"{given.readme}: {'written' if changed else 'unchanged'}", markup=False, soft_wrap=True)
     return 0

@@ -5,7 +5,8 @@ together exceed every L2 cache, and all outputs stay alive, so reads and writes 
 of the copy take turns, in another order every turn; medians and quartiles are reported. What cannot be captured is
 called from Python, and marked: its time may be the host's.
 
-A provider is timed where its results, at the same shape, are as near to float64 as its bound allows.
+A provider is timed where its results, at the same shape, are as near to float64 as its bound allows.  Where the process
+of a job dies, hangs or loses its device, the job runs again without the provider that was at work.
 
 Floor: a fused call cannot take less time than copying as many bytes as it must read and write (`passes` over x).
 """
@@ -13,7 +14,7 @@ Floor: a fused call cannot take less time than copying as many bytes as it must 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -22,15 +23,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import providers
+from . import providers, workers
 from .cases import Case, select
-from .common import console, print_table, progress_bar, save
-from .device import Cuda
+from .common import console, print_table, run_all, save
+from .device import Cuda, Replay
 from .peers import COMPILED, PROVIDERS, Provider
+from .workers import at_work
 
 ROTATE = 200 * 2**20
 """Bytes of x in all input sets together: more than the L2 cache of any GPU."""
 REPLAYS = 25
+LIMIT = 300.0
+"""Seconds that `bench time` gives one job."""
 WARM_US, WARM_TURNS = 30_000, 30
 """Turns that do not count: until they took so long together (clocks rise under load), or so many."""
 DIRECTIONS = ("forward", "backward", "both")
@@ -48,6 +52,8 @@ class Job:
     seed: int = 0
     compile: str | None = None
     """Why torch.compile is left out; None: it is not."""
+    lost: tuple[tuple[str, str], ...] = ()
+    """(provider, how) of those that a process died, hung or lost its device with: they are left out."""
 
     @property
     def key(self) -> Row:
@@ -62,6 +68,11 @@ class Job:
         return providers.make_inputs(
             self.case, shape, self.case.formats[self.format], providers.DTYPES[self.dtype], seed
         )
+
+
+def spared(job: Job, failed: workers.Failed) -> Job | None:
+    """The job without the provider that was at work when it failed; None where none was."""
+    return replace(job, lost=(*job.lost, (failed.at, failed.reason))) if failed.at else None
 
 
 class Spread(NamedTuple):
@@ -115,15 +126,16 @@ def own(inputs: providers.Inputs) -> providers.Inputs:
     return inputs | copies
 
 
-def check(job: Job, provider: Provider, call: Call, shape: tuple[int, ...]) -> float:
-    """The worst error of a provider as a share of its bound.  Raises AssertionError where it is not within it."""
+def check(job: Job, provider: Provider, call: Call, shape: tuple[int, ...]) -> Row:
+    """The worst error of a provider as a share of its bound, and `kinks` (bench/providers.py).  Raises AssertionError
+    where it is not within its bound."""
     inputs, dtype = job.inputs(shape, job.seed), providers.DTYPES[job.dtype]
-    _, errors = providers.errors_of(call, job.case, inputs, dtype, provider.slack)
+    _, errors, kinks = providers.errors_of(call, job.case, inputs, dtype, provider.slack)
     worst = max(errors, key=lambda name: errors[name]["share"])
     share = errors[worst]["share"]
     if not share <= 1:
         raise AssertionError(f"wrong: {worst} is off by {share:.3g} times its bound")
-    return share
+    return {"share": share, "kinks": kinks}
 
 
 def backend(outputs: providers.Outputs) -> str | None:
@@ -172,7 +184,7 @@ def right(job: Job, device: Any, offered: Sequence[Provider]) -> tuple[dict[str,
     """Providers whose results are right, with facts about them; and rows that say what is wrong with the others."""
     found: dict[str, tuple[Call, Row]] = {}
     rows: list[Row] = []
-    shape, dtype = device.shape(job.case), providers.DTYPES[job.dtype]
+    shape, dtype, lost = device.shape(job.case), providers.DTYPES[job.dtype], dict(job.lost)
     for provider in offered:
         row = job.key | {"provider": provider.name, "ok": False}
         reason = provider.reason(job.case, job.format, dtype)
@@ -181,18 +193,27 @@ def right(job: Job, device: Any, offered: Sequence[Provider]) -> tuple[dict[str,
         if reason:
             rows.append(row | {"skipped": reason})
             continue
-        try:
-            call = provider.build(job.case)
-            share = check(job, provider, call, shape)
+        if provider.name in lost:
+            rows.append(row | {"error": lost[provider.name]})
+            continue
+        with at_work(provider.name):
+            try:
+                call = provider.build(job.case)
+                checked = check(job, provider, call, shape)
+                device.release()
+                facts = memory(device, provider.name, call, job.inputs(shape, job.seed))
+            except Exception as error:  # a provider that cannot do a case is reported as such
+                known = isinstance(error, AssertionError) and str(error).startswith("wrong")
+                rows.append(row | {"error": str(error) if known else f"{type(error).__name__}: {error}"[:500]})
+            else:
+                found[provider.name] = call, facts | checked
             device.release()
-            facts = memory(device, provider.name, call, job.inputs(shape, job.seed))
-        except Exception as error:  # a provider that cannot do a case is reported as such
-            known = isinstance(error, AssertionError) and str(error).startswith("wrong")
-            rows.append(row | {"error": str(error) if known else f"{type(error).__name__}: {error}"[:500]})
-        else:
-            found[provider.name] = call, facts | {"share": share}
-        device.release()
     return found, rows
+
+
+def one_turn(device: Any, replays: dict[str, Replay], name: str) -> float:
+    with at_work(None if name == "copy" else name):
+        return device.elapsed(replays[name])
 
 
 def time_job(job: Job, device: Any = None, offered: Sequence[Provider] = PROVIDERS) -> list[Row]:
@@ -208,18 +229,20 @@ def time_job(job: Job, device: Any = None, offered: Sequence[Provider] = PROVIDE
     for direction, units in passes(job.case).items():
         replays = {"copy": device.capture([i["x"].detach().clone for i in inputs])}
         for name, (call, _) in calls.items():
-            try:
-                sets = [own(i) for i in inputs]
-                if direction == "backward":
-                    with device.stream():
-                        made = [partial(gradient, call(i), i) for i in sets]
-                else:
-                    made = [partial(call if direction == "forward" else partial(step, call), i) for i in sets]
-                replays[name] = device.capture(made)
-            except Exception as error:
-                problem = f"{type(error).__name__}: {error}"[:500]
-                rows.append(job.key | {"provider": name, "ok": False, "direction": direction, "error": problem})
-        times = take_turns(lambda name, held=replays: device.elapsed(held[name]), tuple(replays))
+            with at_work(name):
+                try:
+                    sets = [own(i) for i in inputs]
+                    if direction == "backward":
+                        with device.stream():
+                            made = [partial(gradient, call(i), i) for i in sets]
+                    else:
+                        made = [partial(call if direction == "forward" else partial(step, call), i) for i in sets]
+                    replays[name] = device.capture(made)
+                except Exception as error:
+                    problem = f"{type(error).__name__}: {error}"[:500]
+                    rows.append(job.key | {"provider": name, "ok": False, "direction": direction, "error": problem})
+                    device.release()
+        times = take_turns(partial(one_turn, device, replays), tuple(replays))
         copy = spread(times["copy"]).median / count
         for name in replays.keys() - {"copy"}:
             low, median, high = (value / count for value in spread(times[name]))
@@ -258,17 +281,11 @@ def print_rows(rows: Sequence[Row]) -> None:
 
 def time_all(only: str | None, out: Path, seed: int, dtype: str) -> bool:
     """Time the selected cases, print a table, write timing.json; True if every call of normops was right."""
-    if not torch.cuda.is_available():
-        console.print("no CUDA device: nothing was timed")
-        return True
     jobs = [Job(case, name, dtype, seed) for case in select(only) for name in case.formats]
     rows: list[Row] = []
-    with progress_bar() as progress:
-        for job in progress.track(jobs, description="time"):
-            try:
-                rows += time_job(job)
-            except Exception as error:  # out of memory, say: the others still run
-                rows.append(job.key | {"provider": "normops", "ok": False, "error": f"{type(error).__name__}: {error}"})
+    for index, answer in run_all(time_job, jobs, "time", limit=LIMIT, again=spared):
+        failed = isinstance(answer, workers.Failed)
+        rows += [jobs[index].key | {"provider": "any", "ok": False, "error": answer.reason}] if failed else answer
     save(out, "timing", {"method": __doc__, "rows": rows})
     print_rows(rows)
-    return not any(row["provider"] == "normops" and "error" in row for row in rows)
+    return not any(row["provider"] in ("normops", "any") and "error" in row for row in rows)

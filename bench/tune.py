@@ -22,7 +22,7 @@ from normops import launch
 from normops.schedule import H200, Limits
 
 from . import records, timing, tune_measure, workers
-from .console import console, print_table
+from .console import console, print_table, progress_bar
 from .device import healthy
 from .providers import DTYPES
 from .shell import Shell
@@ -78,17 +78,20 @@ class Run:
         if len(left) < len(self.tasks):
             console.print(f"{len(self.tasks) - len(left)} comparisons are there already", markup=False)
         found = self.pool(self.measure, left, workers=1, until=self.until, limit=LIMIT, healthy=healthy)
-        for index, answer in found:
-            task = left[index]
-            if isinstance(answer, workers.Failed):
-                console.print(f"{task.name}: {answer.reason}", markup=False, style="red", soft_wrap=True)
-                if self.clock() >= self.until:
-                    continue  # cut off: to be made by the next run
-                error = {"question": task.question.name, "ok": False, "error": answer.reason}
-                answer = [task.job.key | error]
-            self.content["rows"] += answer
-            self.content["done"].append(list(task.key))
-            records.write(self.path, self.content)
+        with progress_bar() as progress:
+            bar = progress.add_task("comparisons", total=len(left))
+            for index, answer in found:
+                progress.advance(bar)
+                task = left[index]
+                if isinstance(answer, workers.Failed):
+                    console.print(f"{task.name}: {answer.reason}", markup=False, style="red", soft_wrap=True)
+                    if self.clock() >= self.until:
+                        continue  # cut off: to be made by the next run
+                    error = {"question": task.question.name, "ok": False, "error": answer.reason}
+                    answer = [task.job.key | error]
+                self.content["rows"] += answer
+                self.content["done"].append(list(task.key))
+                records.write(self.path, self.content)
         done = {tuple(key) for key in self.content["done"]}
         self.content["not_run"] = [task.name for task in self.tasks if task.key not in done]
         records.write(self.path, self.content)

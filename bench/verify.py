@@ -17,8 +17,9 @@ from . import providers, workers
 from .cases import Case, select
 from .common import console, print_table, run_all, save
 
-COPIES = 20
-"""Tensors of x's size in float64 that verifying a call holds at most: operands, both results, gradients, errors."""
+COPIES = 24
+"""Tensors of x's size in float64 that verifying a call holds at most: operands, both results, gradients, errors, and
+what kinks need."""
 
 
 def shape_of(case: Case) -> tuple[int, ...]:
@@ -45,12 +46,12 @@ def schedule_of(case: Case) -> Any:
 def verify_one(case: Case, memory_format: torch.memory_format, dtype: torch.dtype, seed: int) -> dict[str, Any]:
     inputs = providers.make_inputs(case, shape_of(case), memory_format, dtype, seed)
     with schedule_of(case):
-        actual, errors = providers.errors_of(partial(providers.by_normops, case), case, inputs, dtype)
+        actual, errors, kinks = providers.errors_of(partial(providers.by_normops, case), case, inputs, dtype)
     for name in ("y", "dx"):
         if actual[name].stride() != inputs["x"].stride():
             raise AssertionError(f"{name} has strides {actual[name].stride()}, x has {inputs['x'].stride()}")
     worst = max(errors, key=lambda name: errors[name]["share"])
-    return {"worst": worst, **errors[worst], "ok": errors[worst]["share"] <= 1, "errors": errors}
+    return {"worst": worst, **errors[worst], "kinks": kinks, "ok": errors[worst]["share"] <= 1, "errors": errors}
 
 
 def verify_case(task: tuple[Case, int]) -> list[dict[str, Any]]:

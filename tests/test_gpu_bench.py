@@ -7,25 +7,23 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from bench import checks, gpu, ncu, records, timing, workers
-from bench.cases import CASES, Case
-from bench.device import Replay
+from bench import checks, common, gpu, ncu, records, timing, workers
+from bench.cases import CASES
 from bench.peers import PROVIDERS
-from bench.shell import Ran, Shell
+from bench.shell import Shell
 from bench.timing import Job
+from tests.bench_doubles import BY_NAME, TINY, FakeDevice, FakeShell, serial
 
 ROOT = Path(__file__).resolve().parents[1]
-BY_NAME = {case.name: case for case in CASES}
-TINY = "image instance"
 
 
 class Clock:
@@ -33,65 +31,6 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-class FakeDevice:
-    """Shrunken shapes on the CPU; each provider takes as many microseconds as its replay was the nth to be made."""
-
-    rotates = False
-
-    def __init__(self) -> None:
-        self.made: list[Replay] = []
-        self.captures = 0
-
-    def shape(self, case: Case) -> tuple[int, ...]:
-        return case.small
-
-    @contextmanager
-    def stream(self) -> Iterator[None]:
-        yield
-
-    def capture(self, calls: Sequence[Callable[[], Any]]) -> Replay:
-        kept = [call() for call in calls]
-        self.made.append(Replay(lambda: None, kept, len(kept) > 0))
-        return self.made[-1]
-
-    def elapsed(self, replay: Replay) -> float:
-        return 1e4 + 1.0 * next(i for i, made in enumerate(self.made) if made is replay)
-
-    def allocated(self) -> int:
-        return 0
-
-    def peak(self) -> int:
-        return 0
-
-    def release(self) -> None:
-        pass
-
-
-class FakeShell:
-    """No program is there but nvidia-smi and those named; what they print."""
-
-    def __init__(self, **outputs: str) -> None:
-        self.outputs = {"nvidia-smi": "NVIDIA H200, 580.1, 345 MHz, 3201 MHz, 1980 MHz, 3201 MHz, 80 W, 700 W, 30, P0"}
-        self.outputs |= {name.replace("_", "-"): text for name, text in outputs.items()}
-        self.commands: list[list[str]] = []
-
-    def which(self, name: str) -> str | None:
-        return name if name in self.outputs else None
-
-    def run(self, command: Sequence[str], seconds: float, **environment: str) -> Ran:
-        self.commands.append(list(command))
-        name = "pytest" if "pytest" in command else command[0]
-        return Ran(0, self.outputs.get(name, ""), 1.0)
-
-
-def serial(function: Callable[[Any], Any], tasks: Sequence[Any], **_: Any) -> Iterator[tuple[int, Any]]:
-    for index, task in enumerate(tasks):
-        try:
-            yield index, function(task)
-        except Exception as error:
-            yield index, workers.Failed(f"{type(error).__name__}: {error}")
 
 
 def launch_lines(start: int, kernels: Sequence[str]) -> str:
@@ -166,9 +105,12 @@ def test_a_failed_stage_does_not_stop_the_others(tmp_path: Path) -> None:
     assert not records.good(content)
 
 
-def test_jobs_travel_to_other_processes(tmp_path: Path) -> None:
+def test_jobs_travel_to_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = SimpleNamespace(repeat=partial(checks.repeat, repeats=3), WAITING=checks.WAITING)
+    monkeypatch.setattr(gpu, "checks", few)  # fifty take the interpreter half a minute a job
     content = started(tmp_path, FakeShell(), stages=("repeats",), pool=workers.run).go()
-    assert [row.get("error") for row in content["repeats"]] == [None] * len(BY_NAME[TINY].formats)
+    repeated = [(row.get("error"), row["repeats"]) for row in content["repeats"]]
+    assert repeated == [(None, 3)] * len(BY_NAME[TINY].formats)
     assert records.good(content)
 
 
@@ -228,31 +170,20 @@ def test_names_are_never_taken_twice(tmp_path: Path) -> None:
     assert [run["file"] for run in records.read(tmp_path)] == sorted(names)
 
 
-@pytest.mark.parametrize(("provider", "case", "memory_format", "dtype", "reason"), [
-    ("liger", "resnet stem", "contiguous", "bf16", "LayerNorm and RMSNorm over the last axis only"),
-    ("liger", "unet 640x32", "channels_last", "bf16", "copies channels_last to contiguous"),
-    ("liger", "long row 131072", "contiguous", "bf16", "rows of at most 65536 elements"),
-    ("cudnn-frontend", "unet 640x32", "contiguous", "bf16", "no node for this norm"),
-    ("quack", "vit-b", "contiguous", "fp64", "no fp64"),
-    ("torch, cuDNN off", "resnet stem", "contiguous", "bf16", "eager does not use cuDNN here either"),
-    ("apex group_norm", "unet 640x32", "contiguous", "bf16", "GroupNorm in channels_last only"),
-    ("apex groupbn", "resnet stem", "channels_last", "bf16", "BatchNorm in fp16 and channels_last only"),
-])  # fmt: skip
-def test_reasons_to_skip(provider: str, case: str, memory_format: str, dtype: str, reason: str) -> None:
-    (found,) = (p for p in PROVIDERS if p.name == provider)
-    assert found.reason(BY_NAME[case], memory_format, timing.providers.DTYPES[dtype]) == reason
-
-
-def test_what_is_not_installed_says_so() -> None:
-    (apex,) = (p for p in PROVIDERS if p.name == "apex group_norm")
-    reason = apex.reason(BY_NAME["unet 640x32"], "channels_last", torch.bfloat16)
-    assert reason is None or reason.startswith(("not installed: apex", "apex.contrib.group_norm does not load"))
-
-
-def test_a_wrong_provider_is_not_timed() -> None:
-    wrong = timing.Provider("wrong", lambda case: lambda i: (i["x"] * i["weight"].sum() * i["bias"].sum(),))
-    rows = timing.time_job(Job(BY_NAME[TINY], "contiguous", "fp32"), FakeDevice(), [wrong])
-    assert [row["ok"] for row in rows] == [False] and rows[0]["error"].startswith("wrong: ")
+def test_a_repository_around_the_checkout_says_nothing_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "file").write_text("one")
+    for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    assert len(common.environment()["commit"]) == 40 and records.dirty() is False
+    (tmp_path / "inner" / "file").write_text("two")
+    assert records.dirty() is True
+    monkeypatch.setattr(common, "ROOT", tmp_path / "inner")
+    assert common.environment()["commit"] is None and records.dirty() is None
 
 
 def test_poison_fills_fresh_memory() -> None:
@@ -276,12 +207,15 @@ def test_ncu_that_stops_early_says_what_is_missing() -> None:
 
 
 def work(task: str) -> str:
-    if task == "die":
-        os._exit(3)
-    if task == "hang":
-        time.sleep(60)
+    with workers.at_work("the beginning"):
+        pass
     if task == "raise":
         raise ValueError("no")
+    with workers.at_work("the end"):
+        if task == "die":
+            os._exit(3)
+        if task == "hang":
+            time.sleep(60)
     return task.upper()
 
 
@@ -290,8 +224,9 @@ def test_processes_that_die_or_hang_cost_only_themselves() -> None:
     began = time.monotonic()
     found = dict(workers.run(work, tasks, workers=2, until=began + 60, limit=10))
     assert found[0] == "A" and found[4] == "B"
-    assert found[1].reason == "the process died (exit code 3)" and found[2].reason == "ValueError: no"
-    assert found[3].reason == "hung for 10 s"
+    assert found[1] == workers.Failed("the process died (exit code 3)", "the end")
+    assert found[2] == workers.Failed("ValueError: no")
+    assert found[3] == workers.Failed("hung for 10 s", "the end")
 
 
 def test_no_task_begins_without_time() -> None:

@@ -20,7 +20,7 @@ from bench.tune_cases import Task, questions, tasks
 from bench.tune_propose import groups
 from normops import schedule
 from normops.schedule import H200, Limits
-from tests.test_gpu_bench import BY_NAME, FakeDevice, FakeShell, serial
+from tests.bench_doubles import BY_NAME, FakeDevice, FakeShell, serial
 from tests.test_tune import LIMITS, row
 
 
