@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from . import checks, ncu, records, timing, workers
+from . import checks, counting, ncu, records, timing, workers
 from .cases import Case, select
 from .console import console, progress_bar
 from .device import healthy
@@ -243,6 +243,7 @@ class Run:
             self.save()
         self.content["clocks_after"] = records.clocks(self.shell)
         timing.print_rows(rows)
+        counting.count_beside(rows, self.head.get("environment", {}).get("device", ""))
 
     def ncu(self, until: float) -> None:
         jobs = [job for job in self.jobs if job.dtype == self.main_dtype and job.case.name in FIRST]

@@ -83,9 +83,8 @@ def predicted(job: Job, shape: tuple[int, ...]) -> dict[str, Row]:
     """What normops.cost says of each direction."""
     from normops import cost, testing
 
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    hardware = next((h for key, h in testing.HARDWARE.items() if key in name.replace(" ", "")), None)
-    window = L2_WINDOW if hardware is None else hardware.l2_window
+    device = testing.hardware_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    window = L2_WINDOW if device is None else testing.HARDWARE[device].l2_window
     inputs = job.inputs(shape, job.seed)
     found = {}
     with testing.plans() as plans:

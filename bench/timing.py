@@ -26,6 +26,7 @@ import torch
 from . import providers, workers
 from .cases import Case, select
 from .common import console, print_table, run_all, save
+from .counting import count_beside
 from .device import Cuda, Replay
 from .peers import COMPILED, PROVIDERS, Provider
 from .workers import at_work
@@ -286,6 +287,7 @@ def time_all(only: str | None, out: Path, seed: int, dtype: str) -> bool:
     for index, answer in run_all(time_job, jobs, "time", limit=LIMIT, again=spared):
         failed = isinstance(answer, workers.Failed)
         rows += [jobs[index].key | {"provider": "any", "ok": False, "error": answer.reason}] if failed else answer
+    count_beside(rows, torch.cuda.get_device_name() if torch.cuda.is_available() else "")
     save(out, "timing", {"method": __doc__, "rows": rows})
     print_rows(rows)
     return not any(row["provider"] in ("normops", "any") and "error" in row for row in rows)

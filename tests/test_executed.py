@@ -244,8 +244,7 @@ def test_tickets_are_drawn_in_order_and_waits_are_unsure(found: dict[str, Any]) 
 
 
 def test_turns_at_the_port_of_memory(found: dict[str, Any]) -> None:
-    lines = found["together"]["wavefronts"]
-    assert lines in (5 * 4, 4 * 4 + 2 * 4), "512 bytes an access: 4 lines; 5 or 8 where they do not begin at one"
+    assert found["together"]["wavefronts"] == 5 * 512 / 128, "512 bytes an access of a warp"
     one = found["transposed"]
     least = one["shared_loads"] + one["shared_stores"] + 2 * 64 * 64 * 4 / 128 / 4
     assert one["wavefronts"] >= least > 32, "one for each access, and one for every 128 bytes of global memory"

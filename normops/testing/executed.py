@@ -20,6 +20,7 @@ from .machine.walk import Walk
 KINDS = ("instructions", *dict.fromkeys(COUNTED.values()))
 BUDGET, FEWEST, MOST = 300_000, 4, 18
 """Instructions to walk through in all, and how many programs at least and at most."""
+ALIGNED = 512
 _BLACKWELL = 0x380
 """Where parameters begin from compute capability 10 on; what a launch is told of its own size lies before them."""
 
@@ -127,6 +128,16 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _address(pointer: Any) -> int:
+    """A tensor's address, or an address, as on a device, where memory that is allocated begins at 512 bytes; a CPU's
+    begins at 64."""
+    if isinstance(pointer, Tensor):
+        begin = pointer.untyped_storage().data_ptr()
+        return -(-begin // ALIGNED) * ALIGNED + pointer.data_ptr() - begin
+    address = int(pointer if isinstance(pointer, int) else pointer.data_ptr())
+    return address if address % 64 else -(-address // ALIGNED) * ALIGNED
+
+
 def constants(
     binary: Binary, places: Sequence[cubin.Place], arguments: Mapping[str, Any], grid: tuple[int, int, int]
 ) -> dict[int, int]:
@@ -138,8 +149,8 @@ def constants(
     queues = {name: _flat(value) for name, value in arguments.items()}
     for parameter, place in zip(binary.parameters or (), places, strict=False):
         value = next(queues.get(parameter.argument, iter(())), None)
-        if isinstance(value, Tensor) or hasattr(value, "data_ptr"):
-            value = value.data_ptr()
+        if parameter.pointer and value is not None:
+            value = _address(value)
         if isinstance(value, int):  # also bool
             bits = int(value) & ((1 << 8 * place.size) - 1)
             words |= {place.offset + k: bits >> 8 * k & 0xFFFFFFFF for k in range(0, place.size, 4)}
