@@ -43,7 +43,7 @@ def compiles(version: str) -> str:
     try:
         python = environment(version)
     except subprocess.CalledProcessError:
-        return "FAILED: pip found no such environment"
+        return "FAILED: pip could not make its environment"
     done = subprocess.run([python, "-m", "tests.compile_layouts"], cwd=ROOT)
     return "FAILED" if done.returncode else "ok"
 
