@@ -1,14 +1,15 @@
-# make test    lint, then every test; without a GPU the kernels run in Triton's interpreter
-# make bench   the benchmark
-# make lint    ruff and mypy
-# make clean   remove the virtual environment and everything built
+# make test      lint, then every test; without a GPU the kernels run in Triton's interpreter
+# make bench     the benchmark
+# make lint      ruff and mypy
+# make versions  compile the layouts of the tests with several versions of Triton (VERSIONS="3.6 3.9": with these)
+# make clean     remove the virtual environments and everything built
 # Needs Python >= 3.10 with venv, git and make; the rest is installed into .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test bench lint clean
+.PHONY: test bench lint versions clean
 
 test: .venv/.stamp
 	$(BIN)/ruff check .
@@ -21,6 +22,9 @@ lint: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+versions:
+	$(PYTHON) tests/versions.py $(VERSIONS)
+
 # torch first and at exactly the tested version, so that nothing later chooses another one
 .venv/.stamp: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -29,5 +33,5 @@ lint: .venv/.stamp
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find normops kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,9 +10,15 @@ ANY = tl.constexpr("")
 
 
 @triton.jit
+def times(n, SIZE: tl.constexpr):
+    return n * SIZE
+
+
+@triton.jit
 def extent(SPACE: tl.constexpr, AXIS: tl.constexpr, N0):
     """Number of points along coordinate AXIS (0 to 3: m, c, a, s); the size written 0 is N0."""
-    # Elements of a nested tuple are constexpr again only once they are declared so.
+    # Elements of a nested tuple are constexpr again only once they are declared so: by a name, or, in a loop, whose
+    # names cannot be declared twice, by the parameter of a function.
     SIZES: tl.constexpr = SPACE[AXIS]
     if SIZES[0] == 0:
         n = N0
@@ -20,9 +26,14 @@ def extent(SPACE: tl.constexpr, AXIS: tl.constexpr, N0):
         OUTER: tl.constexpr = SIZES[0]
         n = OUTER
     for d in tl.static_range(1, len(SIZES)):
-        SIZE: tl.constexpr = SIZES[d]
-        n = n * SIZE
+        n = times(n, SIZES[d])
     return n
+
+
+@triton.jit
+def out_of_run(o, i, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    """o with the place of point i in its innermost run added, and i along the runs around that one."""
+    return o + (i % SIZE) * STRIDE, i // SIZE
 
 
 @triton.jit
@@ -38,10 +49,7 @@ def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, AXIS: tl.constexpr):
     else:
         o = i * 0
         for d in tl.static_range(len(STEPS) - 1):
-            SIZE: tl.constexpr = SIZES[len(STEPS) - 1 - d]
-            STRIDE: tl.constexpr = STEPS[len(STEPS) - 1 - d]
-            o += (i % SIZE) * STRIDE
-            i = i // SIZE
+            o, i = out_of_run(o, i, SIZES[len(STEPS) - 1 - d], STEPS[len(STEPS) - 1 - d])
         OUTER: tl.constexpr = STEPS[0]
         o += i * OUTER
     return o

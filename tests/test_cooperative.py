@@ -1,4 +1,5 @@
-"""The engine "cooperative": its launches raced, as many processes as programs, and what they compile to.
+"""The engine "cooperative": its launches raced, as many processes as programs, and what they compile to.  A GPU runs
+them itself.
 
 Run as a program (the compiler needs a process without the interpreter), this file prints figures of the compiled
 kernels as JSON.
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,10 +125,25 @@ class Raced:
             between(REPEATS)
 
 
+class Run(Raced):
+    """The same where a GPU runs the launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bind = Step._bind
+
+    def bind(self, step: Step, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> None:
+        self.plans.append(step.plan)
+        self._bind(step, tensors, scalars)
+
+
 @pytest.fixture
 def raced(monkeypatch: pytest.MonkeyPatch) -> Iterator[Raced]:
-    found = Raced()
+    found = Raced() if launch.INTERPRETED else Run()
     monkeypatch.setattr(Step, "_bind", lambda step, *args: found.bind(step, *args))
+    if not launch.INTERPRETED:  # a GPU, planned for as if it had few SMs
+        small = replace(SMALL, capability=torch.cuda.get_device_capability())
+        monkeypatch.setattr(launch, "_properties", lambda _: small)
     with launch.standing_in(SMALL):
         yield found
 
@@ -138,14 +155,14 @@ def forced(tile: int) -> Any:
 
 
 def run(
-    case: str, tile: int, dtype: torch.dtype = torch.float32, added: bool = False, activation: str | None = None
+    case: str, tile: int, device: torch.device, dtype: torch.dtype = torch.float32, added: bool = False,
+    activation: str | None = None,
 ) -> None:  # fmt: skip
     """A call, forward and backward, against float64."""
     norm, shape, layout, _, axes, groups = CASES[case]
-    device = torch.device("cpu")
     x, dy = (laid_out(shape, layout, dtype, device) for _ in range(2))
     pre, post = (laid_out(shape, layout, dtype, device) if added else None for _ in range(2))
-    w, b = torch.randn(2, shape[1], dtype=torch.promote_types(dtype, torch.float32)).unbind()
+    w, b = torch.randn(2, shape[1], dtype=torch.promote_types(dtype, torch.float32), device=device).unbind()
     leaves = {"x": x, "w": w.clone(), "b": b.clone(), "pre": pre, "post": post}
     if norm is rms_norm:
         leaves["b"] = None
@@ -178,35 +195,32 @@ def waits(plan: Plan) -> list[tuple[int, int]]:
     return found
 
 
-@interpreted
 @pytest.mark.parametrize("many", [True, False], ids=["large teams", "small teams"])
 @pytest.mark.parametrize("case", CASES)
-def test_values(case: str, many: bool, raced: Raced) -> None:
-    run(case, CASES[case][3][0 if many else 1])
+def test_values(case: str, many: bool, raced: Raced, device: torch.device) -> None:
+    run(case, CASES[case][3][0 if many else 1], device)
     assert [plan.engine for plan in raced.plans] == ["cooperative"] * 2
     for plan in raced.plans:
         ((programs, teams),) = waits(plan)
         assert programs >= 4 if many else programs >= 2 and teams >= 2
 
 
-@interpreted
 @pytest.mark.parametrize("case", ["BatchNorm", "GroupNorm-channels_last", "LayerNorm"])
-def test_operands_that_are_added(case: str, raced: Raced) -> None:
-    run(case, 2 * CASES[case][3][0], added=True, activation="silu")
+def test_operands_that_are_added(case: str, raced: Raced, device: torch.device) -> None:
+    run(case, 2 * CASES[case][3][0], device, added=True, activation="silu")
     assert [plan.engine for plan in raced.plans] == ["cooperative"] * 2
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("case", ["BatchNorm-channels_last", "RMSNorm"])
-def test_dtypes(case: str, dtype: torch.dtype, raced: Raced) -> None:
-    run(case, 4 * CASES[case][3][1], dtype)  # narrower accesses, or more registers an element: less fits
+def test_dtypes(case: str, dtype: torch.dtype, raced: Raced, device: torch.device) -> None:
+    run(case, 4 * CASES[case][3][1], device, dtype)  # narrower accesses, or more registers an element: less fits
     assert [plan.engine for plan in raced.plans] == ["cooperative"] * 2
 
 
-@interpreted
-def test_running_statistics(raced: Raced) -> None:
-    x, mean, var = torch.randn(3, 5, 9, 7), torch.randn(5), torch.rand(5)
+def test_running_statistics(raced: Raced, device: torch.device) -> None:
+    x, mean, var = (torch.randn(shape, device=device) for shape in ((3, 5, 9, 7), 5, 5))
+    var.abs_()
     ours, theirs = (mean.clone(), var.clone()), (mean.clone(), var.clone())
     with forced(64):
         F.batch_norm(x, *ours, training=True, momentum=0.3)

@@ -143,3 +143,11 @@ def test_kernels_pass_no_bare_strings(path: Path) -> None:
             values += node.args.defaults
     bare = [v for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
     assert not bare, [(v.lineno, v.value) for v in bare]
+
+
+@pytest.mark.parametrize("path", [p for p in KERNELS if p.stem != "__init__"], ids=lambda p: p.stem)
+def test_kernels_declare_no_constant_in_a_loop(path: Path) -> None:
+    """An unrolled loop declares it once for each turn, and the compiler takes only the first; the interpreter all."""
+    loops = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.For | ast.While)]
+    found = {n.lineno for loop in loops for n in ast.walk(loop) if isinstance(n, ast.AnnAssign)}
+    assert not found, f"constants declared in a loop, lines {sorted(found)}: let a function take them as a parameter"

@@ -22,12 +22,11 @@ def offset(i: int, sizes: Axes, steps: Axes) -> int:
         return 0
     if len(steps) == 1:
         return i * steps[0]
-    last = len(steps) - 1
-    o = (i % sizes[last]) * steps[last]
-    for d in range(1, last):
-        i = i // sizes[last + 1 - d]
-        o += (i % sizes[last - d]) * steps[last - d]
-    return o + (i // sizes[1]) * steps[0]
+    o = i * 0
+    for d in range(len(steps) - 1):
+        size, stride = sizes[len(steps) - 1 - d], steps[len(steps) - 1 - d]
+        o, i = o + (i % size) * stride, i // size
+    return o + i * steps[0]
 
 
 def extent(sizes: Axes, n0: int) -> int:

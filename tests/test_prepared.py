@@ -7,14 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from normops import launch
-
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.skipif(not launch.INTERPRETED, reason="about the interpreter: TRITON_INTERPRET=1")
 def test_values_and_the_language_are_as_before() -> None:
     code = """
 import torch, triton.language as tl

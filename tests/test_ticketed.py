@@ -1,6 +1,6 @@
 """The ticketed engine with programs that run at the same time: its results, its counters, its order.
 
-Races run in Triton's interpreter, see normops/testing/race.py for what they can find.
+Races run in Triton's interpreter, see normops/testing/race.py for what they can find; a GPU runs the calls themselves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from normops.plan import Launch, Plan
 from normops.testing import Planned, plans, race
 from tests.ticketed_calls import CASES, EPS, MOMENTUM, SMALL, Call, bits, within
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="races in the interpreter: TRITON_INTERPRET=1")
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="races in the interpreter: TRITON_INTERPRET=1")
 
 WRITES = {
     kt.ticketed: {"sum", "y", "mean", "rstd", "part_mean", "part_m2"},
@@ -94,6 +94,7 @@ def planned_only(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return found
 
 
+@interpreted
 def test_the_cases_cover_every_way_of_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     found = planned_only(monkeypatch)
     with schedule.forced(engine="ticketed", **SMALL):
@@ -115,6 +116,7 @@ def test_the_cases_cover_every_way_of_a_launch(monkeypatch: pytest.MonkeyPatch) 
         assert min(seen.values()) >= 2, seen
 
 
+@interpreted
 def test_statistics_run_ahead_by_a_unit_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or an apply would wait for a ticket after its own; and by no more than there are."""
     found = planned_only(monkeypatch)
@@ -141,9 +143,9 @@ def turns(applies_ptr, tile_ptr, lead):
 
 
 @pytest.mark.parametrize("tiles", [1, 2, 3, 4, 6])
-def test_no_apply_waits_for_a_later_ticket(tiles: int) -> None:
+def test_no_apply_waits_for_a_later_ticket(tiles: int, device: torch.device) -> None:
     """Each tile has one ticket of either kind, and the statistics of its unit have tickets before that of its apply."""
-    applies, tile = torch.empty(2 * tiles, dtype=torch.int32), torch.empty(2 * tiles, dtype=torch.int32)
+    applies, tile = (torch.empty(2 * tiles, dtype=torch.int32, device=device) for _ in range(2))
     for lead in range(1, tiles + 1):
         turns[(2 * tiles,)](applies, tile, lead)
         order = [*zip(applies.tolist(), tile.tolist(), strict=True)]
@@ -156,6 +158,7 @@ def test_no_apply_waits_for_a_later_ticket(tiles: int) -> None:
                 assert all(at[0, j] < at[1, i] for j in range(first, first + unit)), (lead, unit, i)
 
 
+@interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_races_end_with_the_bits_of_one_program_after_the_other(name: str) -> None:
     """In whatever order programs run, and however far statistics run ahead."""
@@ -172,3 +175,19 @@ def test_races_end_with_the_bits_of_one_program_after_the_other(name: str) -> No
         seed = call.random.getrandbits(16)
         raced.race(unit, 3, processes=4 + direction, seed=seed)
         raced.race(call.random.randint(unit, tiles), 2, processes=5 - direction, seed=seed + 1, jitter=0.3)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="runs the programs of a launch one after the other; races vary that")
+@pytest.mark.parametrize("name", CASES)
+def test_a_gpu_ends_with_the_same_bits_each_time(name: str, device: torch.device) -> None:
+    call = Call(name, device=device)
+    before = {key: t.clone() for key, t in call.running.items()}
+    with schedule.forced(engine="ticketed", **SMALL), plans() as planned:
+        found = call.run()
+        call.check(found)
+        for n in range(100):
+            for key, t in before.items():
+                call.running[key].copy_(t)
+            for key, t in call.run().items():
+                assert torch.equal(bits(t), bits(found[key])), f"{key} differs after launch {n}"
+    assert {one.plan.engine for one in planned} == {"ticketed"}

@@ -101,14 +101,14 @@ def within(seconds: float) -> Iterator[None]:
 class Call:
     """One call of a case, its shape chosen by the seed."""
 
-    def __init__(self, name: str, seed: int = 0) -> None:
+    def __init__(self, name: str, seed: int = 0, device: torch.device | str = "cpu") -> None:
         self.norm, bounds, layout, dtype, extras = CASES[name]
         self.random = random.Random(f"{name} {seed}")
         generator = torch.Generator().manual_seed(self.random.getrandbits(32))
         shape = tuple(self.random.randint(*b) for b in bounds)
 
         def operand(size: tuple[int, ...], scale: float = 1.0, shift: float = 0.0) -> Tensor:
-            t = torch.randn(size, generator=generator).mul(scale).add(shift).to(dtype)
+            t = torch.randn(size, generator=generator).mul(scale).add(shift).to(device, dtype)
             if layout == "last" and size == shape:
                 t = t.contiguous(memory_format=torch.channels_last)
             return t.requires_grad_()
@@ -120,7 +120,9 @@ class Call:
         self.post = operand(shape) if "post" in extras else None
         self.activation = "silu" if "act" in extras else None
         self.dy = operand(shape).detach()
-        self.running = {"running_mean": torch.zeros(shape[1]), "running_var": torch.ones(shape[1])}
+        self.running = {
+            "running_mean": torch.zeros(shape[1], device=device), "running_var": torch.ones(shape[1], device=device),
+        }  # fmt: skip
         self.leaves = [t for t in (self.x, self.w, self.b, self.pre, self.post) if t is not None]
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
