@@ -17,7 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from normops import testing
-from normops.testing.predict import CALIBRATED, Model
+from normops.testing.predict import CALIBRATED, Model, calibrated, model_of
 
 from .common import console, print_table, progress_bar
 from .figures import Row, demand
@@ -151,7 +151,7 @@ def calibrate(device: str, write: bool = False) -> bool:
     fitted = np.array([row["engine"] not in EXPERIMENTS for row in rows])
     console.print(f"{len(rows)} points of {', '.join(files)}; {fitted.sum()} are fitted, in {FOLDS + 1} fits",
                   markup=False)  # fmt: skip
-    start, _ = testing.model_of(device)
+    start, _ = model_of(device)
     with progress_bar() as progress:
         bar = progress.add_task("fit", total=FOLDS + 1)
         model = fit(points, hardware, start, fitted)
@@ -170,7 +170,7 @@ def calibrate(device: str, write: bool = False) -> bool:
     )
     console.print(source, markup=False)
     if write:
-        content = dict(testing.calibrated()) | {device: {"source": source, "parameters": asdict(model)}}
+        content = dict(calibrated()) | {device: {"source": source, "parameters": asdict(model)}}
         CALIBRATED.write_text(json.dumps(content, indent=1) + "\n")
         console.print(f"written: {CALIBRATED.name}", markup=False)
     return True

@@ -18,6 +18,7 @@ from typing import Any
 import triton
 
 from normops import testing
+from normops.testing.predict import calibrated
 
 from .cases import Case
 from .common import console, save
@@ -37,7 +38,7 @@ def head(device: str, dtype: str, force: Mapping[str, Any] | None = None) -> Row
         "triton": triton.__version__, "sms": hardware.facts.num_sms, "clock": hardware.clock,
         "copy_bandwidth": hardware.copy_bandwidth, "bandwidth_source": hardware.bandwidth_source,
         "copy_start": hardware.copy_start, "copy_start_source": hardware.copy_start_source,
-        "l2_window": hardware.l2_window, "calibrated": device in testing.calibrated(),
+        "l2_window": hardware.l2_window, "calibrated": device in calibrated(),
     }  # fmt: skip
 
 

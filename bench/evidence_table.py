@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from normops import testing
 from normops.testing import Hardware
+from normops.testing.predict import calibrated
 
 from .cases import CASES
 from .common import console, print_table
@@ -94,7 +94,7 @@ def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str, force: Mapp
 
 def basis(hardware: Hardware) -> str:
     """Where predicted times and the floor come from."""
-    known = testing.calibrated()
+    known = calibrated()
     model = (
         f"model calibrated on {known[hardware.name]['source']}" if hardware.name in known else
         f"uncalibrated: the model of another device with the clock, SMs and bandwidth of {hardware.title}"

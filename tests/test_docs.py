@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[1]
+PINNED = dict(re.findall(r"^(\w+)==([\d.]+)", (ROOT / "constraints.txt").read_text(), flags=re.M))
 HEAD = re.compile(r"# (\w+\.py)(?:, run (with|without) TRITON_INTERPRET(?:=1)?)?\n")
 
 
@@ -38,6 +39,9 @@ def test_programs_run(page: Path, tmp_path: Path) -> None:
                 [sys.executable, file.name], cwd=tmp_path, env=environment, capture_output=True, text=True
             )
             assert done.returncode == 0, f"{page.name}, {file.name}: {done.stderr[-2000:]}"
+            shown = page.read_text(encoding="utf-8").partition(text)[2].lstrip("`\n")
+            if shown.startswith("text\n") and triton.__version__ == PINNED["triton"]:
+                assert done.stdout == shown.removeprefix("text\n").partition("```")[0], "the page shows another output"
 
 
 def test_there_are_programs() -> None:

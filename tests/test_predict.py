@@ -15,9 +15,8 @@ pytest.importorskip("scipy")
 from bench import calibrate
 from bench.counting import count_beside
 from bench.figures import demand
-from normops import testing
-from normops.testing import HARDWARE, Demand, hardware_of, model_of, predict
-from normops.testing.predict import CALIBRATED, Model
+from normops.testing import HARDWARE, Demand, hardware_of, predict
+from normops.testing.predict import CALIBRATED, Model, calibrated, model_of
 
 PLAIN = Demand(
     programs=10000, warps=4, resident=8, instructions=200.0, mufu=0.0, wavefronts=32.0, barriers=2.0, rounds=1.0,
@@ -202,4 +201,4 @@ def test_the_command_says_how_far_off_it_is(
     assert "points of" in text and "ticketed" in text and "unseen" in text and "sharpness" in text
     assert not calibrate.calibrate("b200")
     assert "measured on NVIDIA B200" in capsys.readouterr().out
-    assert testing.calibrated().keys() == {"h100"}
+    assert calibrated().keys() == {"h100"}

@@ -270,7 +270,8 @@ def test_hardware() -> None:
     for name, hardware in HARDWARE.items():
         assert hardware.name == hardware.facts.name == name and hardware.facts is schedule.KNOWN[name]
         assert hardware.bandwidth_source.startswith(("measured: ", "assumed: "))
-        assert hardware.launch_floor_source.startswith("assumed: ")
+        assert hardware.copy_start_source.startswith("measured: " if name == "h100" else "assumed: ")
+        assert hardware.copy_us(0) == 1e6 * hardware.copy_start and 1e9 < hardware.clock < 3e9
         assert 0 < hardware.l2_window < hardware.l2_bytes
     assert HARDWARE["h200"].copy_bandwidth == 4.3e12 and HARDWARE["h200"].l2_window == 20 << 20
 

@@ -1,5 +1,5 @@
 """Instruments: bytes that kernels move, and programs at the same time, in Triton's interpreter; what they compile to on
-a named device.
+a named device, what they execute there, and how long that should take.
 
 All work for any Triton kernel, not only for those of normops.
 """
@@ -8,7 +8,7 @@ from .executed import Executed
 from .explain import Direction, Explanation, explain
 from .hardware import HARDWARE, Hardware, hardware_of
 from .plans import Planned, plans
-from .predict import Demand, Prediction, Time, calibrated, model_of, predict
+from .predict import Demand, Prediction, Time, predict
 from .prepared import prepare_once
 from .race import Race, race
 from .traffic import Traffic, traffic
@@ -28,10 +28,8 @@ __all__ = [
     "Traffic",
     "VirtualDevice",
     "VirtualLaunch",
-    "calibrated",
     "explain",
     "hardware_of",
-    "model_of",
     "plans",
     "predict",
     "prepare_once",

@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .. import cost, plan
+from ..counting import Moved
 from .hardware import Hardware
 from .plans import Planned, plans
 from .predict import Demand, Prediction, Time, predict
@@ -44,7 +45,7 @@ class Direction:
     hardware: Hardware
     plan: plan.Plan
     launches: tuple[VirtualLaunch, ...]
-    moved: tuple[dict[str, cost.Moved], ...]
+    moved: tuple[dict[str, Moved], ...]
     """For each launch, operand -> bytes that it asks for."""
     hbm: cost.Hbm
     """What of these reaches DRAM."""

@@ -35,7 +35,17 @@ FALLBACK = "h100"
 
 
 class Demand(NamedTuple):
-    """What one launch asks of a device.  Numbers, or arrays of as many launches."""
+    """What one launch asks of a device.  Numbers, or arrays of as many launches.
+
+    >>> import torch, normops
+    >>> from normops.testing import Demand, virtual_device
+    >>> x = torch.empty(64, 4096, dtype=torch.bfloat16)
+    >>> with virtual_device("h100") as gpu:
+    ...     y = normops.functional.rms_norm(x, (4096,))
+    >>> demand: Demand = Demand.of(gpu.launches[0], dram_bytes=2 * x.nbytes)
+    >>> demand.tickets, demand.rounds, demand.sectors >= 2 * x.nbytes / 32
+    (0, 1.0, True)
+    """
 
     programs: Any
     warps: Any
@@ -71,7 +81,13 @@ class Demand(NamedTuple):
 
 
 class Time(NamedTuple):
-    """Microseconds of one launch: all together, and what each thing alone would take."""
+    """Microseconds of one launch: all together, and what each thing alone would take.
+
+    >>> from normops.testing import Time
+    >>> time = Time(us=9.0, start=1.0, issue=2.0, mufu=0.0, shared=1.0, memory=8.0, latency=3.0, tickets=0.0, wait=0.0)
+    >>> time.bound
+    'memory'
+    """
 
     us: float
     start: float

@@ -200,7 +200,8 @@ def smaller(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         values, p = [r(w) for r in reads], least(w)
         if p is None or any(v is None for v in values):
-            return w.put(out, None)
+            w.put(out, None)
+            return
         if adds:
             values = [values[0] + values[1] & M32, *values[2:]]
         t = values[0] ^ flip
@@ -221,11 +222,13 @@ def permute(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         digits = s(w)
         if not isinstance(digits, int) or len(i.parts) > 1:
-            return w.put(out, None)
+            w.put(out, None)
+            return
         wanted = [digits >> 4 * k & 15 for k in range(4)]
         p, q = (0 if all(d & 4 for d in wanted) else x(w)), (0 if not any(d & 4 for d in wanted) else y(w))
         if p is None or q is None:
-            return w.put(out, None)
+            w.put(out, None)
+            return
         whole, t = p | q << 32, 0
         for k, d in enumerate(wanted):
             byte = whole >> 8 * (d & 7) & 255
@@ -251,7 +254,8 @@ def bits_of(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         v = source(w)
         if isinstance(v, np.ndarray):
-            return w.put(out, np.array([of(int(x)) for x in v], np.uint64))
+            w.put(out, np.array([of(int(x)) for x in v], np.uint64))
+            return
         w.put(out, None if v is None else of(v))
 
     return act

@@ -58,7 +58,8 @@ def exchange(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         v, n = source(w), other(w)
         if n is None or not isinstance(v, np.ndarray):
-            return w.put(out, v)
+            w.put(out, v)
+            return
         n = lanes.array(n)
         at = {"IDX": n, "BFLY": lanes.LANES ^ n, "DOWN": lanes.LANES + n, "UP": lanes.LANES - n}[kind]
         w.put(out, v[np.where(at < 32, at, lanes.LANES).astype(np.int64)])
@@ -91,7 +92,8 @@ def to_float(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         v = source(w)
         if v is None:
-            return w.put(out, None)
+            w.put(out, None)
+            return
         exact = lanes.array(extend(v) if signed else v)
         wide = exact.view(np.int64).astype(np.float64) if signed else exact.astype(np.float64)
         f = wide.astype(np.float32)
@@ -121,7 +123,8 @@ def function_unit(i: Instruction) -> Act:
     def act(w: Warp) -> None:
         v = source(w)
         if v is None:
-            return w.put(out, None)
+            w.put(out, None)
+            return
         with np.errstate(divide="ignore"):
             w.put(out, lanes.collapsed(lanes.from_floats(np.float32(1) / lanes.floats(v))))
 

@@ -74,8 +74,9 @@ class Code:
         known = self._wavefronts.get(key)
         if known is None:
             each = 32 // words
-            parts = [np.unique((at[k : k + each, None] >> 2) + np.arange(words, dtype=np.uint64))
-                     for k in range(0, len(at), each)]  # fmt: skip
-            known = sum(int(np.bincount((part & 31).astype(np.int64)).max()) for part in parts)
+            known = 0
+            for k in range(0, len(at), each):
+                part = np.unique((at[k : k + each, None] >> 2) + np.arange(words, dtype=np.uint64)).astype(np.int64)
+                known += int(np.bincount(part & 31).max())
             self._wavefronts[key] = known
         return known

@@ -103,10 +103,10 @@ class Warp:
         if isinstance(at, int):
             return known.get(at + offset)
         found = [known.get(int(at[lane]) + offset) for lane in self.active_lanes()]
-        if None in found:
+        if any(v is None for v in found):
             return None
         values = np.zeros(32, np.uint64)
-        values[self.active_lanes()] = found
+        values[self.active_lanes()] = np.array(found, np.uint64)
         return lanes.collapsed(values) if self.mask is True else values
 
     def state(self) -> Any:
