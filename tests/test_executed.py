@@ -85,6 +85,24 @@ def far(x_ptr, y_ptr, BLOCK: tl.constexpr):
         tl.store(y_ptr + i, y)
 
 
+@triton.jit(noinline=True)
+def apart(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    """What x holds decides inside a function that is called."""
+    i = tl.arange(0, BLOCK)
+    if tl.load(x_ptr) > 0:
+        y = tl.load(x_ptr + i)
+        for k in range(64):
+            y = tl.exp2(y) + tl.load(x_ptr + BLOCK * k + i)
+        tl.store(y_ptr + i, y)
+
+
+@triton.jit
+def called(x_ptr, y_ptr, BLOCK: tl.constexpr):
+    apart(x_ptr, y_ptr, BLOCK)
+    apart(x_ptr + 1, y_ptr + BLOCK, BLOCK)
+    tl.store(y_ptr + 2 * BLOCK + tl.arange(0, BLOCK), 1.0)
+
+
 @triton.jit
 def halved(x_ptr, y_ptr):
     """As often as it takes until 2**k is no more than x; and as often as n = 1000 is halved."""
@@ -159,6 +177,7 @@ def walk_all(device: str) -> dict[str, Any]:
             note(f"halves {n}", halves, 100, x, y, n, BLOCK=128, num_warps=1)
         note("decided", decided, 1, x, y, BLOCK=128, num_warps=1)
         note("far", far, 1, x, y, BLOCK=128, num_warps=1)
+        note("called", called, 1, x, y, BLOCK=128, num_warps=1)
         note("halved", halved, 1, x, y)
         note("drawn", drawn, 1000, x, y, words, words[1:], BLOCK=128, num_warps=1)
         note("transposed", transposed, 1, x, y, M=64, N=64, num_warps=4)
@@ -228,6 +247,13 @@ def test_what_data_decides_is_bounded(found: dict[str, Any]) -> None:
     far = found["far"]
     assert far["instructions"] < 150 and far["most"] > 64 * 4, "the loop is long, and it may be left out"
     assert len(far["unsure"]) == 1 and far["unsure"][0].startswith("data decides a branch in test_executed.py:")
+
+
+def test_functions_that_are_called_return(found: dict[str, Any]) -> None:
+    one = found["called"]
+    assert one["stored"] == 128 * 4, "what follows the second call, at least"
+    assert one["loads"] == 2 and one["most"] > 2 * 64 * 4, "each call decides by a load of its own"
+    assert len(one["unsure"]) >= 1
 
 
 def test_a_loop_that_data_decides_has_no_bound(found: dict[str, Any]) -> None:

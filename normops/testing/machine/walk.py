@@ -24,9 +24,11 @@ LIMIT = 4_000_000
 
 
 class Frame(NamedTuple):
-    """Lanes that parted: where they meet, all of them, and those that still have to take the other way."""
+    """Lanes that parted: where they meet (the end: where they return), in how many calls, all of them, and those that
+    still have to take the other way."""
 
     meets: int
+    depth: int
     mask: Value
     other: tuple[int, Value] | None
 
@@ -65,8 +67,13 @@ class Walk(Warp):
             before, went = self.mask, at + 1
             guard = True if step.guard is None else step.guard(self)
             if step.control:
-                if i.head == "RET" and guard is not False and len(self.calls) == depth and stop is not None:
-                    return
+                guard = lanes.settled(guard, before if isinstance(before, np.ndarray) else True)
+                if i.head == "RET" and guard is True:
+                    if (other := self._returning(frames)) is not None:
+                        at = other
+                        continue
+                    if len(self.calls) == depth and stop is not None:
+                        return
                 went = self._control(step, at, guard, frames)
                 if went == at:  # nothing more to do
                     return
@@ -100,6 +107,14 @@ class Walk(Warp):
             return at
         return self._join(frames) if frames else len(self.code.steps)
 
+    def _returning(self, frames: list[Frame]) -> int | None:
+        """Lanes that come to the end of a function: where others that parted in it go on, None where all are there."""
+        while frames and frames[-1].meets == len(self.code.steps) and frames[-1].depth == len(self.calls) > 0:
+            at = self._join(frames)
+            if at < len(self.code.steps):
+                return at
+        return None
+
     def _remaining(self, mask: Value) -> Value:
         return lanes.settled(lanes.both(mask, lanes.inverted(self.gone)), True)
 
@@ -124,7 +139,14 @@ class Walk(Warp):
             self.calls.append(at + 1)
             return self.code.places[i.target]
         if head == "RET":
-            return self.calls.pop() if guard is not False and self.calls else at + 1
+            if guard is None:
+                return self._fork(step, at, len(self.code.steps))
+            if guard is True:
+                return self.calls.pop() if self.calls else at
+            if guard is not False:  # some lanes return, and wait for the others at the end of the function
+                frames.append(Frame(len(self.code.steps), len(self.calls), self.mask, None))
+                self.mask = lanes.both(self.mask, lanes.inverted(guard))
+            return at + 1
         if head == "EXIT":
             return self._exit(step, at, guard, frames)
         for operand in i.operands:
@@ -151,7 +173,8 @@ class Walk(Warp):
         if here[0] == step.meets:
             here, there = there, here
         if not (frames and frames[-1].meets == step.meets and there[0] == step.meets and frames[-1].other is None):
-            frames.append(Frame(step.meets, self.mask, there if there[0] != step.meets else None))
+            other = there if there[0] != step.meets else None
+            frames.append(Frame(step.meets, len(self.calls), self.mask, other))
         self.mask = here[1]
         return here[0]
 
@@ -173,11 +196,10 @@ class Walk(Warp):
         """Data decides: walks both ways to where they meet, and goes on there with what both leave the same."""
         count, end, calls = self.count, len(self.code.steps), step.i.head == "CALL"
         meets = at + 1 if calls else step.meets
-        stays = meets if meets < end else at
         if at in self.open:  # a second time before the ways met: a loop
             count.endless = True
             count.loops.add(at)
-            return stays
+            return meets if meets < end else at
         count.branches.add(at)
         self.open.add(at)
         before = self.state(), self.waits.state()
@@ -198,4 +220,6 @@ class Walk(Warp):
         self.forget_what_differs(other)
         count.add(least, most)
         self.count = count
-        return stays
+        if meets < end:
+            return meets
+        return self.calls.pop() if self.calls and not calls else at  # both ways went to the end of a function, or of all
