@@ -82,6 +82,9 @@ Force = Annotated[
     list[str] | None,
     typer.Option(callback=forced, help="Another schedule: NAME=VALUE,... of normops.schedule.Limits; repeatable."),
 ]
+CompileOnly = Annotated[
+    bool, typer.Option("--compile-only", help="Leave out what is executed and how long it takes: in half the time.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that compile; 0: one a core, 8 at most.")]
 OUT = Path("bench/out")
 
@@ -117,7 +120,7 @@ def everything(
         oks.append(time_all(only, out, seed, dtype))
     else:
         console.print("no CUDA device: nothing is timed on one")
-        oks += [evidence_all("h200", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
+        oks += [evidence_all("h100", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
     finish(out, *oks, train_all(out, seed))
 
 
@@ -145,17 +148,18 @@ def train(out: Out = OUT, seed: Seed = 0) -> None:
 @app.command()
 def evidence(
     device: Device = "h100", case: Exact = None, only: Only = None, dtype: Dtype = "bf16", force: Force = None,
-    keep: Keep = None, base: Base = None, baseline: Baseline = False, workers: Workers = 0, out: Out = OUT,
+    compile_only: CompileOnly = False, keep: Keep = None, base: Base = None, baseline: Baseline = False,
+    workers: Workers = 0, out: Out = OUT,
 ) -> None:  # fmt: skip
     """What every case compiles to, executes and moves on a named device, without one: nothing is timed."""
     chosen = [c for c in select(only) if case in (None, c.name)]
     changes = limits_of(force)
-    if baseline and (len(chosen), device, dtype, changes) != (len(CASES), "h100", "bf16", {}):
+    if baseline and (len(chosen), device, dtype, changes, compile_only) != (len(CASES), "h100", "bf16", {}, False):
         raise typer.BadParameter("the baseline holds all cases for h100 in bf16: leave out other choices")
     try:
         done = evidence_all(
             device, chosen, dtype, out, only=only, folder=keep, base=base, baseline=baseline, processes=workers,
-            force=changes,
+            force=changes, walk=not compile_only,
         )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error

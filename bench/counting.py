@@ -25,7 +25,7 @@ from .verify import shape_of
 LIMIT = 600.0
 """Seconds that the kernels of one case may take to compile."""
 _DEVICES = ExitStack()
-Task = tuple[Case, str, str, str, dict[str, Any], Path | None]
+Task = tuple[Case, str, str, str, dict[str, Any], Path | None, bool]
 BESIDE = ("engine", "x_bytes", "hbm_bytes", "predicted_us", "instructions_per_element", "launches")
 """What is kept beside a measured time."""
 
@@ -52,7 +52,7 @@ def entered(device: str) -> testing.VirtualDevice:
 
 def measure(task: Task) -> tuple[list[Row], list[Variant]]:
     """Forward and backward of one case in one memory format, and what this process had to compile for them."""
-    case, format_name, dtype, device, force, folder = task
+    case, format_name, dtype, device, force, folder, walk = task
     gpu, rows = entered(device), []
     gpu.launches.clear()
     with schedule.forced(**force), testing.plans() as planned, variants() as found:
@@ -64,7 +64,7 @@ def measure(task: Task) -> tuple[list[Row], list[Variant]]:
             if len(planned) != 1:
                 raise RuntimeError(f"a {direction} must be one plan, {case.name} made {len(planned)}")
             key = {"case": case.name, "format": format_name, "dtype": dtype, "direction": direction}
-            rows.append(describe_call(key, planned[0], gpu.launches, gpu.hardware))
+            rows.append(describe_call(key, planned[0], gpu.launches, gpu.hardware, walk))
             if folder is not None:
                 keep(folder, key, gpu.launches)
             gpu.launches.clear()
@@ -87,11 +87,11 @@ def keep(folder: Path, key: Row, launches: Sequence[testing.VirtualLaunch]) -> N
 
 def gather(
     device: str, cases: Sequence[Case], dtype: str, processes: int, folder: Path | None = None,
-    force: Mapping[str, Any] | None = None,
+    force: Mapping[str, Any] | None = None, walk: bool = True,
 ) -> tuple[list[Row], list[Variant], list[str]]:
     """Rows of all cases in their order, the variants compiled in all processes together, and what went wrong."""
     tasks: list[Task] = [
-        (case, name, dtype, device, dict(force or {}), folder) for case in cases for name in case.formats
+        (case, name, dtype, device, dict(force or {}), folder, walk) for case in cases for name in case.formats
     ]
     with compiling():
         done = dict(run_all(measure, tasks, f"compile for {device}", processes, LIMIT))
@@ -114,7 +114,7 @@ def count_beside(rows: Sequence[Row], title: str) -> None:
     if device is None or not wanted:
         return
     cases = {case.name: replace(case, shape=shape_of(case)) for case in CASES}
-    tasks: list[Task] = [(cases[name], form, dtype, device, {}, None) for name, form, dtype in sorted(wanted)]
+    tasks: list[Task] = [(cases[name], form, dtype, device, {}, None, True) for name, form, dtype in sorted(wanted)]
     found: dict[tuple[str, ...], Row] = {}
     with compiling():
         for _, answer in run_all(measure, tasks, "count what was timed", min(os.cpu_count() or 1, 8), LIMIT):

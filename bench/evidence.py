@@ -62,16 +62,17 @@ def rows_of(revision: str, device: str, cases: Sequence[Case], only: str | None,
 def evidence(
     device: str, cases: Sequence[Case], dtype: str, out: Path, *, only: str | None = None, folder: Path | None = None,
     base: str | None = None, baseline: bool = False, processes: int = 0, force: Mapping[str, Any] | None = None,
+    walk: bool = True,
 ) -> bool:  # fmt: skip
     """Compile the cases, print a table (of what changed since `base`), write evidence.json and evidence.png; True if
     every case compiled.
 
     `folder`: where to keep the code of every launch; `baseline`: write bench/results/evidence.json too; `force`: limits
-    of the schedule other than those that stand.
+    of the schedule other than those that stand; `walk`: through the machine code, for what is executed and predicted.
     """
     processes = processes or min(os.cpu_count() or 1, 8)
     before = rows_of(base, device, cases, only, dtype, processes) if base else None
-    rows, found, failures = gather(device, cases, dtype, processes, folder, force)
+    rows, found, failures = gather(device, cases, dtype, processes, folder, force, walk)
     shared, compiled = head(device, dtype, force), counted(found)
     with compiling():
         save(out, "evidence", shared | {"summary": summary(rows) | {"variants": compiled}, "rows": rows})

@@ -68,7 +68,7 @@ EXECUTED = ("shuffles", "shared_loads", "shared_stores", "atomics", "fences", "l
 
 
 def executed(launch: VirtualLaunch, dram_bytes: int, time: Time | None) -> Row:
-    """What the warps of a launch execute, and the time that the model gives it; nothing is known of it on AMD."""
+    """What the warps of a launch execute, and the time that the model gives it; none of it is known without a time."""
     if time is None:
         names = (*Demand._fields, *EXECUTED, "instructions_at_most", "unsure", "in_flight_bytes", "bound", "parts_us")
         return dict.fromkeys(names) | {
@@ -100,9 +100,12 @@ def describe_launch(
     }  # fmt: skip
 
 
-def describe_call(key: Row, planned: Any, launches: Sequence[VirtualLaunch], hardware: Hardware) -> Row:
-    """One direction of one call: `key` names it, `planned` is its entry in ``testing.plans()``."""
-    call = direction(planned, launches, hardware)
+def describe_call(
+    key: Row, planned: Any, launches: Sequence[VirtualLaunch], hardware: Hardware, walk: bool = True
+) -> Row:
+    """One direction of one call: `key` names it, `planned` is its entry in ``testing.plans()``; `walk`: through the
+    machine code, for what is executed and predicted."""
+    call = direction(planned, launches, hardware, walk)
     plan, itemsizes, hbm, floor = call.plan, planned.itemsizes, call.hbm, call.floor_bytes
     times = call.prediction.launches if call.prediction else [None] * len(launches)
     described = [

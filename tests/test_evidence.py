@@ -83,7 +83,7 @@ def name(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("device", ["h100", "b200"])  # sm_80, for time, by python -m bench evidence
 def test_the_case_table(device: str, tmp_path: Path) -> None:
-    rows = measured(tmp_path, "--device", device)
+    rows = measured(tmp_path, "--device", device, *["--compile-only"] * (device != "h100"))
     calls = [(c.name, fmt, d) for c in CASES for fmt in c.formats for d in ("forward", "backward")]
     assert [(r["case"], r["format"], r["direction"]) for r in rows] == calls
     launches = [(row, launch) for row in rows for launch in row["launches"]]

@@ -53,7 +53,7 @@ class Direction:
     floor_bytes: int
     """The least a call can move: each input read once, each output written once."""
     prediction: Prediction | None
-    """None on AMD."""
+    """None on AMD, and where none was asked for."""
 
     @property
     def engine(self) -> str:
@@ -130,8 +130,11 @@ class Explanation(tuple[Direction, ...]):
         return "\n".join(map(str, self)) or "no call of normops launched anything"
 
 
-def direction(planned: Planned, launches: Sequence[VirtualLaunch], hardware: Hardware) -> Direction:
-    """One direction of a call: its entry in ``testing.plans()``, and what a virtual device noted of its launches.
+def direction(
+    planned: Planned, launches: Sequence[VirtualLaunch], hardware: Hardware, predicted: bool = True
+) -> Direction:
+    """One direction of a call: its entry in ``testing.plans()``, and what a virtual device noted of its launches;
+    without a prediction, no machine code is walked through.
 
     Raises RuntimeError where these are not the launches of the plan.
     """
@@ -141,7 +144,7 @@ def direction(planned: Planned, launches: Sequence[VirtualLaunch], hardware: Har
         raise RuntimeError(f"the plan launches {names}, the device saw {[launch.name for launch in launches]}")
     hbm = cost.hbm(made, itemsizes, hardware.l2_window)
     prediction = None
-    if hardware.target.backend == "cuda":
+    if predicted and hardware.target.backend == "cuda":
         demands = [Demand.of(launch, sum(moved)) for launch, moved in zip(launches, hbm.launches, strict=True)]
         prediction = predict(demands, hardware)
     return Direction(

@@ -222,4 +222,4 @@ class Walk(Warp):
         self.count = count
         if meets < end:
             return meets
-        return self.calls.pop() if self.calls and not calls else at  # both ways went to the end of a function, or of all
+        return self.calls.pop() if self.calls and not calls else at  # both ways end a function, or the program
