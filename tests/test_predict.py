@@ -132,8 +132,9 @@ def test_a_sum_over_arrays_is_the_prediction_of_each(points: calibrate.Points) -
         assert together[i] == pytest.approx(alone.us)
 
 
-def test_a_fit_finds_a_model_that_made_the_times() -> None:
+def test_a_fit_finds_a_model_that_made_the_times(monkeypatch: pytest.MonkeyPatch) -> None:
     """Times of made-up launches by known numbers: the fit comes back to them as far as times can tell."""
+    monkeypatch.setattr(calibrate, "EVALUATIONS", 800)
     rng = np.random.default_rng(0)
     truth = Model(**json.loads(CALIBRATED.read_text())["h100"]["parameters"])
     rows = []
