@@ -128,7 +128,7 @@ def _launch(
         yield kernel, "occupancy", occupancy(before), occupancy(after), _class_rank(after) < _class_rank(before)
     yield from _more(kernel, "rounds", before, after)
     for figure in LAUNCH_FIGURES:
-        if before[figure] != after[figure]:
+        if before[figure] != after[figure] and None not in (before[figure], after[figure]):
             yield kernel, figure, before[figure], after[figure], None
 
 

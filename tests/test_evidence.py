@@ -23,7 +23,7 @@ import torch
 import triton
 
 from bench.cases import CASES
-from bench.compare import compare, read_rows, worktree, write_baseline
+from bench.compare import BASELINE, compare, read_rows, worktree, write_baseline
 from bench.evidence import against_baseline
 from bench.evidence_table import COLUMNS, lines
 from bench.figures import (
@@ -83,7 +83,7 @@ def name(row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("device", ["h100", "b200"])  # sm_80, for time, by python -m bench evidence
 def test_the_case_table(device: str, tmp_path: Path) -> None:
-    rows = measured(tmp_path, "--device", device, *["--compile-only"] * (device != "h100"))
+    rows = measured(tmp_path, "--device", device, "--compile-only")
     calls = [(c.name, fmt, d) for c in CASES for fmt in c.formats for d in ("forward", "backward")]
     assert [(r["case"], r["format"], r["direction"]) for r in rows] == calls
     launches = [(row, launch) for row in rows for launch in row["launches"]]
@@ -118,6 +118,21 @@ def test_the_case_table(device: str, tmp_path: Path) -> None:
         assert not worse, "worse than bench/results/evidence.json:\n" + "\n".join(worse)
         if stale:
             warnings.warn(stale, stacklevel=1)
+
+
+@pytest.mark.parametrize("only", ["unet 320x64", "resnet 64x56", "llama 4096"])  # all, for time, by --baseline
+def test_what_is_executed(only: str, tmp_path: Path) -> None:
+    """A sample of the table is walked through: nothing executes more than in the baseline."""
+    rows = measured(tmp_path, "--only", only)
+    calls = {(row["case"], row["format"], row["direction"]) for row in rows}
+    content = read_rows(BASELINE)
+    known = [row for row in content["rows"] if (row["case"], row["format"], row["direction"]) in calls]
+    assert len(known) == len(rows) >= 2
+    changes = compare(known, rows, exact=content["triton"] == triton.__version__)
+    assert not [str(change) for change in changes if change.worse]
+    for row in rows:
+        assert 5 < row["instructions_per_element"] < 300 and row["of_floor"] < 1.1
+        assert row["bound"] in ("issue", "memory", "latency", "launches") and row["rounds"] >= 1
 
 
 def launch_row(kernel: str = "normalize", **changes: Any) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def test_the_run_on_a_gpu_and_the_command_time_go_on_without_it(
     monkeypatch.setattr(timing.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(timing, "time_job", with_one_that_dies)
     monkeypatch.setattr(timing, "run_all", partial(timing.run_all, processes=1))
+    monkeypatch.setattr(timing.torch.cuda, "get_device_name", lambda *_: "made up")
     monkeypatch.setattr(timing, "save", lambda *_: None)
     assert timing.time_all("64 rows", tmp_path, 0, "fp32"), "normops was not wrong"
     assert "not timed: dies, long row 32768: the process died (exit code 7)" in capsys.readouterr().out

@@ -72,7 +72,7 @@ def test_launches_follow_one_another() -> None:
 
 def test_few_programs_cannot_draw_at_full_speed() -> None:
     few = {"programs": 30, "sectors": 5e5, "dram_bytes": 16_000_000, "rounds": 1.0}
-    assert us(**few) > 2 * us(**few | {"programs": 3000})
+    assert us(**few) > 1.5 * us(**few | {"programs": 3000}), "16 MB by 30 of 132 SMs"
 
 
 def test_other_devices_take_their_own_clock_and_bandwidth() -> None:
