@@ -23,7 +23,7 @@ import torch
 import triton
 
 from bench.cases import CASES
-from bench.compare import BASELINE, compare, read_rows, worktree, write_baseline
+from bench.compare import BASELINE, compare, read_rows, write_baseline
 from bench.evidence import against_baseline
 from bench.evidence_table import COLUMNS, lines
 from bench.figures import (
@@ -272,35 +272,6 @@ def test_a_baseline_says_what_is_worse_and_what_is_stale(tmp_path: Path) -> None
     write_baseline(path, head(schema=SCHEMA + 1), [])
     with pytest.raises(ValueError, match=f"must have schema {SCHEMA}, has {SCHEMA + 1}"):
         read_rows(path)
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    folder = tmp_path / "repository"
-    git = ["git", "-c", "user.name=n", "-c", "user.email=n@n", "-C", str(folder)]
-    subprocess.run(["git", "init", "-q", str(folder)], check=True)
-    (folder / "file").write_text("old")
-    subprocess.run([*git, "add", "file"], check=True)
-    subprocess.run([*git, "commit", "-q", "-m", "old"], check=True)
-    (folder / "file").write_text("new")
-    return folder
-
-
-def trees(repository: Path) -> int:
-    listed = subprocess.run(["git", "-C", repository, "worktree", "list"], capture_output=True, text=True, check=True)
-    return len(listed.stdout.splitlines())
-
-
-def test_another_commit_is_checked_out_and_removed_whatever_happens(repository: Path) -> None:
-    with worktree(repository, "HEAD") as tree:
-        assert (tree / "file").read_text() == "old" and trees(repository) == 2
-    assert not tree.exists() and trees(repository) == 1
-    with pytest.raises(ZeroDivisionError), worktree(repository, "HEAD") as tree:
-        raise ZeroDivisionError
-    assert not tree.exists() and trees(repository) == 1
-    with pytest.raises(ValueError, match="base must name a commit, got 'nonsense'"), worktree(repository, "nonsense"):
-        pass
-    assert trees(repository) == 1
 
 
 class Launched:
