@@ -131,8 +131,7 @@ def test_what_is_executed(only: str, tmp_path: Path) -> None:
     changes = compare(known, rows, exact=content["triton"] == triton.__version__)
     assert not [str(change) for change in changes if change.worse]
     for row in rows:
-        assert 5 < row["instructions_per_element"] < 300 and row["of_floor"] < 1.1
-        assert row["bound"] in ("issue", "memory", "latency", "launches") and row["rounds"] >= 1
+        assert 5 < row["instructions_per_element"] < 300 and row["of_floor"] < 1.1 and row["rounds"] >= 1
 
 
 def launch_row(kernel: str = "normalize", **changes: Any) -> dict[str, Any]:
