@@ -95,7 +95,7 @@ def print_calls(rows: Sequence[Row], hardware: Hardware, dtype: str, force: Mapp
 def basis(hardware: Hardware) -> str:
     """Where predicted times and the floor come from."""
     known = calibrated()
-    model = (
+    model = "none, machine code is read for NVIDIA GPUs only" if hardware.target.backend != "cuda" else (
         f"model calibrated on {known[hardware.name]['source']}" if hardware.name in known else
         f"uncalibrated: the model of another device with the clock, SMs and bandwidth of {hardware.title}"
     )  # fmt: skip

@@ -279,9 +279,11 @@ class Launched:
     num_warps, registers, spills, stack, shared = 4, 40, 0, 0, 64
     resident, in_flight, hardware = 12, 4096.0, testing.HARDWARE["h100"]
     executed = testing.Executed(
-        programs=100, warps=4, counts=dict.fromkeys(KINDS, 8.0), at_most=dict.fromkeys(KINDS, math.inf), rounds=2.0,
+        programs=100, warps=4, walked=18, counts=dict.fromkeys(KINDS, 8.0),
+        at_most=dict.fromkeys(KINDS, math.inf), rounds=2.0,
         atomic_rounds=0.0, cycles=500.0, further_rounds=0.0, further_cycles=0.0, loaded=1e6, stored=1e6,
-        sectors=62500.0, in_flight=1024.0, wavefronts=20.0, size=100.0, tickets=False, deciding=(), binary=None,  # type: ignore[arg-type]
+        sectors=62500.0, in_flight=1024.0, wavefronts=20.0, size=100.0,
+        tickets=False, uncounted=(), deciding=(), binary=None,  # type: ignore[arg-type]
     )  # fmt: skip
 
     def __init__(self, name: str, grid: int, widths: dict[str | None, dict[tuple[str, int], int]]) -> None:

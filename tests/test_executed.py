@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from normops import functional, testing
-from normops.testing.executed import sampled, sampled_warps
+from normops.testing.executed import sampled
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICES = ("a100", "h100", "b200")
@@ -104,6 +104,22 @@ def called(x_ptr, y_ptr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def ragged(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+    """Rows of n elements by programs of BLOCK: the last warps have nothing to do."""
+    i = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + tl.program_id(0) * n + i, mask=i < n)
+    tl.store(y_ptr + tl.program_id(0) * n + i, x, mask=i < n)
+
+
+@triton.jit
+def endless(y_ptr, n):
+    s = 0.0
+    for k in range(0, n):
+        s = s * 0.5 + k
+    tl.store(y_ptr, s)
+
+
+@triton.jit
 def halved(x_ptr, y_ptr):
     """As often as it takes until 2**k is no more than x; and as often as n = 1000 is halved."""
     n = 1000
@@ -178,11 +194,20 @@ def walk_all(device: str) -> dict[str, Any]:
         note("decided", decided, 1, x, y, BLOCK=128, num_warps=1)
         note("far", far, 1, x, y, BLOCK=128, num_warps=1)
         note("called", called, 1, x, y, BLOCK=128, num_warps=1)
+        for ctas in (1, 2) if device != "a100" else (1,):
+            note(f"ragged {ctas}", ragged, 40, x, y, 600, BLOCK=1024, num_warps=8, num_ctas=ctas)
         note("halved", halved, 1, x, y)
         note("drawn", drawn, 1000, x, y, words, words[1:], BLOCK=128, num_warps=1)
         note("transposed", transposed, 1, x, y, M=64, N=64, num_warps=4)
         for n in (5, 7):
             note(f"divided {n}", divided, 60, x, y, n, BLOCK=128, num_warps=1)
+        gpu.launches.clear()
+        for n in (600, 1536, 5000):
+            gpu.launches.clear()
+            functional.rms_norm(torch.empty(512, n, dtype=torch.bfloat16), (n,))
+            found[f"rms_norm {n}"] = figures(gpu.launches[0])
+        if device == "h100":
+            note("endless", endless, 1, y, 5_000_000, num_warps=1)
         gpu.launches.clear()
         rows = torch.empty(4096, 1024, dtype=torch.bfloat16)
         functional.layer_norm(rows, (1024,))
@@ -249,6 +274,21 @@ def test_what_data_decides_is_bounded(found: dict[str, Any]) -> None:
     assert len(far["unsure"]) == 1 and far["unsure"][0].startswith("data decides a branch in test_executed.py:")
 
 
+def test_warps_beyond_the_end_of_a_row_load_nothing(found: dict[str, Any]) -> None:
+    for ctas in (1, 2):
+        one = found.get(f"ragged {ctas}", found["ragged 1"])
+        assert one["loaded"] == one["stored"] == pytest.approx(40 * 600 * 4), "all of a cluster count"
+    for n in (600, 1536, 5000):
+        one = found[f"rms_norm {n}"]
+        assert one["loaded"] == pytest.approx(512 * n * 2)
+        assert one["sectors"] * 32 == pytest.approx(2 * 512 * n * 2, rel=0.06), "and statistics; lines that rows share"
+
+
+def test_a_walk_that_is_cut_off_says_so(all_found: dict[str, dict[str, Any]]) -> None:
+    assert any("was not walked through" in text for text in all_found["h100"]["endless"]["unsure"])
+    assert all_found["h100"]["endless"]["most"] is None
+
+
 def test_functions_that_are_called_return(found: dict[str, Any]) -> None:
     one = found["called"]
     assert one["stored"] == 128 * 4, "what follows the second call, at least"
@@ -301,13 +341,6 @@ def test_a_sample_stands_for_all_programs(programs: int, most: int) -> None:
     assert len(set(numbers)) == len(numbers) <= max(most, 4) and {0, programs - 1} <= set(numbers)
     assert all(0 <= n < programs for n in numbers)
     assert sum(share for _, share in found) == pytest.approx(1)
-
-
-@pytest.mark.parametrize("warps", [1, 2, 3, 4, 8, 16])
-def test_a_sample_stands_for_all_warps(warps: int) -> None:
-    found = sampled_warps(warps)
-    assert sum(share for _, share in found) == pytest.approx(1)
-    assert [warp for warp, _ in found] == sorted({0, min(1, warps - 1), warps - 1})
 
 
 if __name__ == "__main__":

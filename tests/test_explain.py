@@ -79,10 +79,21 @@ def error(call: Callable[[], Any]) -> str:
     return ""
 
 
+def backward_and_return() -> torch.Tensor:
+    y = F.layer_norm(ROWS, (256,))
+    y.sum().backward()
+    return y
+
+
 def explain_all() -> dict[str, Any]:
     found = {name: figures(explain(call)) for name, call in CALLS.items()}
     found["without gradients"] = figures(explain(lambda: F.layer_norm(ROWS.detach(), (256,))))
     found["its own backward"] = figures(explain(lambda: F.layer_norm(ROWS, (256,)).sum().backward()))
+    found["returned after its own backward"] = figures(explain(backward_and_return))
+    hidden = ROWS.float().exp().bfloat16()
+    for _ in range(2):
+        found["of a graph"] = figures(explain(lambda: F.layer_norm(hidden, (256,))))
+    hidden.sum().backward()  # the graph is still there
     found["a list"] = figures(explain(lambda: {"y": [F.layer_norm(ROWS, (256,)), None, 3]}))
     found["empty"] = figures(explain(lambda: F.layer_norm(images(0, 256), (256,))))
     with schedule.forced(engine="split"):
@@ -94,6 +105,7 @@ def explain_all() -> dict[str, Any]:
         "no gradient is left": ROWS.grad is None and D.grad is None,
         "nothing": str(explain(lambda: X)),
         "whole": str(explain(CALLS["layer_norm"])),
+        "nested": error(lambda: explain(lambda: explain(CALLS["layer_norm"]))),
         "unknown": error(lambda: explain(CALLS["layer_norm"], device="h1000")),
         "fails": error(lambda: explain(lambda: F.layer_norm(ROWS, (255,)))),
     }
@@ -128,7 +140,7 @@ def test_every_function_and_module_is_explained(name: str, found: dict[str, Any]
 
 def test_directions_that_ran_are_explained(found: dict[str, Any]) -> None:
     assert [call["name"] for call in found["without gradients"]] == ["forward"]
-    for name in ("its own backward", "a list"):
+    for name in ("its own backward", "a list", "returned after its own backward", "of a graph"):
         assert [call["name"] for call in found[name]] == ["forward", "backward"]
     assert found["empty"] == [] and found["nothing"] == "no call of normops launched anything"
     assert found["no gradient is left"]
@@ -149,6 +161,7 @@ def test_other_schedules_and_devices(found: dict[str, Any]) -> None:
 
 def test_errors(found: dict[str, Any]) -> None:
     assert found["unknown"].startswith("ValueError: device must be one of a100, ")
+    assert found["nested"].startswith("RuntimeError: call must not explain")
     assert found["fails"].startswith("RuntimeError: ") and "255" in found["fails"]
 
 

@@ -15,7 +15,7 @@ from .machine import cubin
 from .machine.code import COUNTED, Instruction, read
 from .machine.counts import Count
 from .machine.steps import Code
-from .machine.walk import Walk
+from .machine.walk import LIMIT, Walk
 
 KINDS = ("instructions", *dict.fromkeys(COUNTED.values()))
 BUDGET, FEWEST, MOST = 300_000, 4, 18
@@ -41,8 +41,11 @@ class Executed:
     """
 
     programs: int
+    """Those of a cluster count each."""
     warps: int
     """Of a program."""
+    walked: int
+    """Programs that were walked through; what only others do is not known where these are fewer."""
     counts: Mapping[str, float]
     """Kind -> how many a warp executes, as far as data does not decide: KINDS says which kinds there are."""
     at_most: Mapping[str, float]
@@ -72,6 +75,8 @@ class Executed:
     """Instructions that a warp executes at least once."""
     tickets: bool
     """Whether each program begins by drawing a number from one counter: in the order of programs, it is assumed."""
+    uncounted: tuple[str, ...]
+    """What the walk could not follow, in words."""
     deciding: tuple[tuple[str, Instruction], ...]
     """Where data decides: "a branch", "a loop" or "an access", and the instruction."""
     binary: Binary
@@ -83,7 +88,7 @@ class Executed:
         for what, i in self.deciding:
             line = self.binary.lines.get(i.address) or "an unknown line"
             texts.append(f"data decides {what} in {line}: {i}")
-        return tuple(texts)
+        return tuple(texts) + self.uncounted
 
     def __getitem__(self, kind: str) -> float:
         return self.counts[kind]
@@ -105,13 +110,6 @@ def sampled(programs: int, most: int) -> list[tuple[int, float]]:
     edge, each = 1 / programs, (1 - 2 / programs) / (2 * pairs)
     starts = [1 + int((k + 0.5) * (programs - 3) / pairs) for k in range(pairs)]
     return [(0, edge), *((i + n, each) for i in starts for n in (0, 1)), (programs - 1, edge)]
-
-
-def sampled_warps(warps: int) -> list[tuple[int, float]]:
-    """The first, which often has work of its own, one between, and the last, which may lie beyond an edge."""
-    if warps <= 2:
-        return [(i, 1 / warps) for i in range(warps)]
-    return [(0, 1 / warps), (1, 1 - 2 / warps), (warps - 1, 1 / warps)]
 
 
 @lru_cache(maxsize=512)
@@ -165,19 +163,21 @@ def execute(binary: Binary, grid: tuple[int, int, int], arguments: Mapping[str, 
     if binary.target.backend != "cuda":
         raise NotImplementedError(f"machine code is walked through for NVIDIA GPUs only, {binary.name} is for another")
     code, places = prepared(binary)
+    ctas = binary.num_ctas  # programs of a cluster lie side by side along x
+    grid = (grid[0] * ctas, *grid[1:])
     words, programs = constants(binary, places, arguments, grid), prod(grid)
     threads = binary.threads // 32
 
     def walk(program: int, tickets: bool) -> list[tuple[float, Walk]]:
         x, y, _ = grid
         where = {"SR_CTAID.X": program % x, "SR_CTAID.Y": program // x % y, "SR_CTAID.Z": program // (x * y),
-                 "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": 0, "SR_VIRTUALSMID": 0}  # fmt: skip
+                 "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": program % ctas, "SR_VIRTUALSMID": 0}  # fmt: skip
         found: list[tuple[float, Walk]] = []
-        for warp, share in sampled_warps(threads):
+        for warp in range(threads):  # all: where a row ends decides which of them have anything to do
             told = found[0][1].barriers if found else ()
-            one = Walk(code, where, words, warp, program if tickets else None, told)
+            one = Walk(code, where, words, warp, program // ctas if tickets else None, told)
             one.run()
-            found.append((share, one))
+            found.append((1 / threads, one))
         return found
 
     first = walk(0, True)
@@ -230,6 +230,9 @@ def summarised(
             endless |= one.endless
         for name in longest:
             longest[name] += share * max(getattr(walk.count, name) for _, walk in warps_walked)
+    uncounted = ["bytes of bulk copies (TMA) are not counted"] if code.bulk else []
+    if any(walk.left <= 0 for _, found in walks for _, walk in found):
+        uncounted.append(f"a warp executes more than {LIMIT} instructions: the rest was not walked through")
     deciding = [("a loop" if at in loops else "a branch", at) for at in branches | loops]
     deciding += [("an access", at) for at in accesses]
     found = tuple((what, code.steps[at].i) for what, at in sorted(deciding, key=lambda pair: pair[1]))
@@ -237,9 +240,9 @@ def summarised(
     everyone = programs * warps
     average = {name: round(value, 9) for name, value in (longest | totals).items()}
     return Executed(
-        programs, warps, {kind: round(n, 9) for kind, n in counts.items()},
+        programs, warps, len(walks), {kind: round(n, 9) for kind, n in counts.items()},
         dict.fromkeys(KINDS, inf) if endless else {kind: round(n, 9) for kind, n in most.items()},
         **{name: value * everyone if name in ("loaded", "stored", "sectors") else value
            for name, value in average.items()},
-        tickets=tickets, deciding=found, binary=binary,
+        tickets=tickets, uncounted=tuple(uncounted), deciding=found, binary=binary,
     )  # fmt: skip

@@ -158,8 +158,8 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
 
     ``call`` is run once with normops' kernels compiled instead of run, so outputs hold no values; give it CPU tensors
     of the real shapes (``torch.empty`` costs nothing).  What it does beside normops, torch does on the CPU.  If what it
-    returns requires gradients, the backward is explained too; no ``.grad`` changes.  Devices: the names of
-    ``HARDWARE``.
+    returns requires gradients and it does no backward of its own, the backward is explained too: no ``.grad`` changes,
+    the graph stays, hooks run.  Devices: the names of ``HARDWARE``.
 
     Raises ValueError for an unknown device, RuntimeError in Triton's interpreter, which compiles nothing.
 
@@ -172,13 +172,18 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
     """
     with virtual_device(device) as gpu, plans() as planned:
         outputs = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
-        if inputs := _leaves(outputs):
+        ran = any("dy" in one.itemsizes for one in planned)  # the call did its own backward
+        inputs = [] if ran else _leaves(outputs)
+        if inputs:
             gradients = [torch.empty_like(t) for t in outputs]
-            torch.autograd.grad(outputs, inputs, gradients, allow_unused=True)
+            torch.autograd.grad(outputs, inputs, gradients, retain_graph=True, allow_unused=True)
     found, rest = [], iter(gpu.launches)
     for one in planned:
         # Kernels of others may lie between those of normops.
-        mine = [next(n for n in rest if n.name == launch.kernel.__name__) for launch in one.plan.launches]
+        names = [launch.kernel.__name__ for launch in one.plan.launches]
+        mine = [n for name in names if (n := next((n for n in rest if n.name == name), None)) is not None]
+        if len(mine) < len(names):
+            raise RuntimeError("call must not explain or compile for a device itself: its launches went elsewhere")
         if mine:
             found.append(direction(one, mine, gpu.hardware))
     return Explanation(found)

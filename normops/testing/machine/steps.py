@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .code import Instruction, meeting_points
-from .lanes import Value
+from .code import PREDICATE, Instruction, meeting_points
+from .lanes import Value, both
 from .meaning import meaning
 from .operands import Act, place, predicate
 
@@ -22,6 +22,8 @@ OTHERS = 14
 """The same of what is not listed."""
 ACCESSES = {"LDG": "global", "STG": "global", "LDGSTS": "global", "LDS": "shared", "STS": "shared", "LDSM": "matrix",
             "STSM": "matrix", "SHFL": "shuffle"}  # fmt: skip
+BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "UBLKPF")
+"""Copies of tiles, whose sizes lie in descriptors."""
 FAR = ("LDG", "LDGSTS", "ATOMG", "ATOM", "SYNCS")
 """What leaves the SM and comes back: a wait for it is a round."""
 
@@ -44,19 +46,33 @@ class Step(NamedTuple):
     """"": none, "global", "shared" or "shuffle"."""
 
 
+def guard_of(i: Instruction) -> Any:
+    """Reads whether an instruction is executed: by its guard, and loads also by a predicate behind their operands."""
+    texts = [i.guard] if i.guard else []
+    if i.head in ("LDG", "LDGSTS", "LDS"):
+        texts += [o for o in i.operands[2:] if PREDICATE.match(o)]
+    reads = [predicate(text) for text in texts]
+    if len(reads) < 2:
+        return reads[0] if reads else None
+    return lambda w: both(reads[0](w), reads[1](w))
+
+
 class Code:
     """A kernel's machine code, prepared once for all walks."""
 
     def __init__(self, code: Sequence[Instruction]) -> None:
         self._wavefronts: dict[Any, int] = {}
+        self.bulk = any(i.head in BULK for i in code)
         self.places = {i.address: k for k, i in enumerate(code)}
         self.steps = [self._step(i, m) for i, m in zip(code, meeting_points(code), strict=True)]
 
     def _step(self, i: Instruction, meets: int) -> Step:
-        far = "" if i.head not in FAR or (i.sets is None and i.head != "LDGSTS") else (
+        far = "" if i.head not in FAR or (i.sets is None and i.head != "LDGSTS") or (
+            i.head == "SYNCS" and not self.bulk  # it waits for something else, for a product of matrices
+        ) else (
             "loads" if i.head in ("LDG", "LDGSTS", "SYNCS") else "atomics")  # fmt: skip
         return Step(
-            i, meaning(i), predicate(i.guard) if i.guard else None, meets,
+            i, meaning(i), guard_of(i), meets,
             i.head in ("BRA", "EXIT", "CALL", "RET", "BRX", "JMP", "BAR", "DEPBAR", "LDGDEPBAR"),
             LATENCY.get(i.head, OTHERS), far, place(i) if i.head in ACCESSES and i.head != "SHFL" else None,
             ACCESSES.get(i.head, ""),
