@@ -27,7 +27,6 @@ from .common import console
 from .evidence import evidence as evidence_all
 from .force import limits_of
 from .host import host as host_all
-from .plot import plot
 from .providers import DTYPES
 from .timing import time_all
 from .train import train as train_all
@@ -91,6 +90,8 @@ OUT = Path("bench/out")
 
 def finish(out: Path, *oks: bool) -> None:
     """Draw, say where things are, and exit with 1 if anything failed."""
+    from .plot import plot  # takes half a second, which only who draws should wait for
+
     if path := plot(out):
         console.print(f"JSON and picture: {path.parent}", soft_wrap=True)
     raise typer.Exit(0 if all(oks) else 1)

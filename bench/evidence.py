@@ -24,7 +24,6 @@ from .cases import Case
 from .common import console, save
 from .compare import BASELINE, REFRESH, compare, read_rows, worktree, write_baseline
 from .counting import compiling, gather
-from .evidence_plot import plot
 from .evidence_table import print_calls, print_variants
 from .figures import SCHEMA, Row, summary
 from .variants import counted
@@ -82,6 +81,8 @@ def evidence(
     elif rows:
         print_calls(rows, testing.HARDWARE[device], dtype, force or {})
         print_variants(rows, compiled)
+        from .evidence_plot import plot  # takes half a second, which only who draws should wait for
+
         console.print(f"JSON and picture: {plot(rows, shared, out).parent}", soft_wrap=True)
     if baseline and not failures:
         write_baseline(BASELINE, shared, rows)

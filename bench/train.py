@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 import normops.nn
@@ -94,6 +93,8 @@ MODELS: dict[str, tuple[Callable[[Any], torch.nn.Module], str]] = {
 
 def fit(build: Callable[[Any], torch.nn.Module], nn: Any, dtype: torch.dtype, seed: int) -> tuple[list[float], float]:
     """Loss at every step, and the held-out loss in eval mode."""
+    from sklearn.datasets import load_digits  # takes a second, which no other command should
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().div(16).sub(0.5).unsqueeze(1)
     labels = torch.from_numpy(digits.target)

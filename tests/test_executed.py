@@ -21,6 +21,7 @@ if __name__ == "__main__":
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from normops import functional, testing
 from normops.testing.executed import sampled
@@ -109,6 +110,26 @@ def ragged(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + tl.program_id(0) * n + i, mask=i < n)
     tl.store(y_ptr + tl.program_id(0) * n + i, x, mask=i < n)
+
+
+@triton.jit
+def tiled(a, b, c, n, M: tl.constexpr, N: tl.constexpr):
+    """n tiles of each program by tensor descriptors: bulk copies, where the device has them."""
+    row = tl.program_id(0) * M
+    for k in range(n):
+        x = a.load([row, k * N])
+        b.store([row, k * N], x * 2)
+        if c is not None:
+            c.store([row, k * N // 2], tl.sum(tl.reshape(x, (M, N // 2, 2)), 2))
+
+
+@triton.jit
+def unknown(x_ptr, y_ptr, n_ptr, BLOCK: tl.constexpr):
+    """What is in memory decides about the trips of a loop that may not be entered at all, and about its accesses."""
+    n = tl.load(n_ptr)
+    for k in range(n):
+        i = k * n + tl.arange(0, BLOCK)
+        tl.store(y_ptr + i, tl.load(x_ptr + i, mask=i < n), mask=i < n)
 
 
 @triton.jit
@@ -206,6 +227,11 @@ def walk_all(device: str) -> dict[str, Any]:
             gpu.launches.clear()
             functional.rms_norm(torch.empty(512, n, dtype=torch.bfloat16), (n,))
             found[f"rms_norm {n}"] = figures(gpu.launches[0])
+        note("unknown", unknown, 16, x, y, words, BLOCK=1024, num_warps=4)
+        wide, tall, half = (torch.empty(256, n, dtype=torch.bfloat16) for n in (512, 512, 256))
+        tiles = [TensorDescriptor.from_tensor(wide, [64, 128]), TensorDescriptor.from_tensor(tall, [64, 128])]
+        note("tiled", tiled, 4, *tiles, None, 4, M=64, N=128, num_warps=4)
+        note("tiles", tiled, 4, *tiles, TensorDescriptor.from_tensor(half, [64, 64]), 4, M=64, N=128, num_warps=4)
         if device == "h100":
             note("endless", endless, 1, y, 5_000_000, num_warps=1)
         gpu.launches.clear()
@@ -282,6 +308,21 @@ def test_warps_beyond_the_end_of_a_row_load_nothing(found: dict[str, Any]) -> No
         one = found[f"rms_norm {n}"]
         assert one["loaded"] == pytest.approx(512 * n * 2)
         assert one["sectors"] * 32 == pytest.approx(2 * 512 * n * 2, rel=0.06), "and statistics; lines that rows share"
+
+
+def test_bulk_copies_count_with_their_tiles(found: dict[str, Any]) -> None:
+    one, two = found["tiled"], found["tiles"]
+    assert one["loaded"] == two["loaded"] == one["stored"] == 256 * 512 * 2 and not one["unsure"]
+    assert one["sectors"] == (one["loaded"] + one["stored"]) / 32
+    if one["rounds"] == 4:  # a tile at a time
+        assert one["in_flight"] == 64 * 128 * 2 / 4, "a tile, for each of four warps"
+    assert one["rounds"] in (4, 8) and two["stored"] == 1.5 * one["stored"]
+    assert not two["unsure"], "each copy is of 64 x 64 elements"
+
+
+def test_data_that_decides_of_everything_takes_no_longer(found: dict[str, Any]) -> None:
+    one = found["unknown"]
+    assert one["most"] is None and one["instructions"] < 100 and any("a loop in" in text for text in one["unsure"])
 
 
 def test_a_walk_that_is_cut_off_says_so(all_found: dict[str, dict[str, Any]]) -> None:

@@ -40,10 +40,10 @@ CALLS: dict[str, Callable[[], Any]] = {
     "batch_norm": lambda: F.batch_norm(X, *RUNNING, C, C, training=True, activation="relu"),
     "batch_norm in evaluation": lambda: F.batch_norm(X, *RUNNING, C, C),
     "instance_norm": lambda: F.instance_norm(X, None, None, C, C),
-    "group_norm": lambda: F.group_norm(X, 8, C, C, activation="silu"),
+    "group_norm": lambda: F.group_norm(X, 8, C, C),
     "layer_norm": lambda: F.layer_norm(ROWS, (256,), D, D),
-    "rms_norm": lambda: F.rms_norm(ROWS, (256,), D, pre_add=ROWS),
-    "normalize": lambda: normops.normalize(X, "n c h w -> n h w", C, C, affine="c"),
+    "rms_norm": lambda: F.rms_norm(ROWS, (256,), D),
+    "normalize": lambda: normops.normalize(X, "n c h w -> n h w", C, C, affine="c", activation="silu", pre_add=X),
     "BatchNorm1d": lambda: nn.BatchNorm1d(256)(ROWS),
     "BatchNorm2d": lambda: nn.BatchNorm2d(64)(X.to(memory_format=torch.channels_last)),
     "BatchNorm3d": lambda: nn.BatchNorm3d(16)(VOLUME),
@@ -106,6 +106,7 @@ def explain_all() -> dict[str, Any]:
         "nothing": str(explain(lambda: X)),
         "whole": str(explain(CALLS["layer_norm"])),
         "nested": error(lambda: explain(lambda: explain(CALLS["layer_norm"]))),
+        "meta": error(lambda: explain(lambda: F.layer_norm(ROWS.to("meta"), (256,)))),
         "unknown": error(lambda: explain(CALLS["layer_norm"], device="h1000")),
         "fails": error(lambda: explain(lambda: F.layer_norm(ROWS, (255,)))),
     }
@@ -161,6 +162,9 @@ def test_other_schedules_and_devices(found: dict[str, Any]) -> None:
 
 def test_errors(found: dict[str, Any]) -> None:
     assert found["unknown"].startswith("ValueError: device must be one of a100, ")
+    assert found["meta"] == (
+        "ValueError: call must compute with CPU tensors (torch.empty costs nothing), got a result on meta"
+    )
     assert found["nested"].startswith("RuntimeError: call must not explain")
     assert found["fails"].startswith("RuntimeError: ") and "255" in found["fails"]
 

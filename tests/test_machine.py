@@ -125,6 +125,27 @@ def test_a_loop_that_data_ends_is_endless() -> None:
     assert done.count.endless and done.count.loops == {2} and done.count.visits[-1] == 1
 
 
+def test_a_call_that_does_not_come_back_is_a_branch() -> None:
+    """A loop that is left by calling its end: 100 trips of it are not 100 ways to go on."""
+    lines = ["LDG.E R1, [R2.64]", "ISETP.GE.AND P0, PT, R1, RZ, PT", "@!P0 CALL.REL.NOINC 0x40", "BRA 0x0", "EXIT"]
+    done = walked(*lines)
+    assert done.count.loops == {2} and done.count.endless and sum(done.count.visits) < 10
+    back = ["@!P0 CALL.REL.NOINC 0x30", "MOV R0, 0x1", "EXIT", "MOV R2, 0x5", "RET.REL.NODEC R4 0x0"]
+    done = walked(*back)
+    assert done.count.visits == [1, 1, 1, 1, 1] and done.registers["R2"] == 5
+
+
+def test_bulk_copies_are_awaited_at_the_barrier_that_was_told_of_them() -> None:
+    tell = ("ELECT P0, URZ, PT", "@P0 MOV R4, 0x2000", "@P0 SYNCS.ARRIVE.TRANS64 RZ, [R6], R4")
+    done = walked(*tell, "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R6], R7", "@!P1 BRA 0x30", "EXIT", R4=None, R6=64)
+    assert (done.count.loaded, done.count.sectors, done.count.in_flight) == (8192, 256, 8192), "by one lane"
+    assert done.count.rounds == 1 and not done.count.branches
+    other = walked(*tell, "SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R7], R7", "EXIT", R6=64, R7=72)
+    assert other.count.rounds == 0, "that barrier was told of none"
+    arrived = walked("SYNCS.ARRIVE.TRANS64.A1T0 RZ, [R6], R4", "EXIT", R4=1, R6=64)
+    assert arrived.count.loaded == 0, "a warp arrives, no bytes"
+
+
 def test_a_ticket_is_the_first_addition_of_one_lane() -> None:
     lines = (
         "S2R R1, SR_LANEID", "ISETP.EQ.U32.AND P0, PT, R1, RZ, PT", "@P0 ATOMG.E.ADD.STRONG.GPU PT, R0, [R2.64], R4",

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 from triton import knobs
@@ -17,12 +18,19 @@ from triton.backends.compiler import GPUTarget
 
 from . import amdgcn, ptx
 
+_STORED_TILE = re.compile(
+    r"async_tma_(?:copy_local_to_global|reduce|scatter).*!ttg\.memdesc<([\dx]+)[a-z]+(\d+)[^,]*, (#\w+)"
+)
+_SWIZZLED = re.compile(r"(#\w+) = #ttg\.nvmma_shared<\{swizzlingByteWidth = (\d+), transposed = (\w+)")
+
 
 class Parameter(NamedTuple):
     """A parameter of the compiled kernel: the argument that it belongs to (a tuple has several)."""
 
     argument: str
     pointer: bool
+    rank: int = 0
+    """Of a tensor descriptor, which is passed in several pieces; 0: something else."""
 
 
 class Usage(NamedTuple):
@@ -43,8 +51,7 @@ class Binary:
     shared: int
     num_warps: int
     num_ctas: int
-    parameters: tuple[Parameter, ...] | None
-    """None: they cannot be told from the signature (tensor descriptors)."""
+    parameters: tuple[Parameter, ...]
 
     @property
     def _text(self) -> str:
@@ -110,8 +117,26 @@ class Binary:
         return ptx.atomics(self._text) if self.target.backend == "cuda" else amdgcn.atomics(self._text)
 
     @cached_property
+    def tiles(self) -> frozenset[int]:
+        """Bytes that a bulk copy (TMA) stores; more than one number where they cannot be told apart.
+
+        A copy takes at most 256 elements along an axis, and of contiguous ones what is swizzled together.
+        """
+        text = self.asm.get("ttgir", "")
+        layouts = {m[1]: (int(m[2]), m[3] == "true") for m in _SWIZZLED.finditer(text)}
+        found = set()
+        for shape, bits, layout in _STORED_TILE.findall(text):
+            *sizes, last = (min(256, int(n)) for n in shape.split("x") if n)
+            width, transposed = layouts.get(layout, (0, False))
+            if transposed and sizes:
+                sizes[-1], last = last, sizes[-1]
+            whole = last * int(bits) // 8
+            found.add(prod(sizes) * (min(whole, width) if width else whole))
+        return frozenset(found)
+
+    @cached_property
     def _ptx_accesses(self) -> tuple[ptx.Access, ...]:
-        pointers = frozenset(i for i, p in enumerate(self.parameters or ()) if p.pointer)
+        pointers = frozenset(i for i, p in enumerate(self.parameters) if p.pointer)
         return ptx.accesses(self._text, pointers)
 
     def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
@@ -122,7 +147,7 @@ class Binary:
             return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses))
         if self.target.backend != "cuda":
             raise NotImplementedError("accesses of one argument are told apart on NVIDIA only: leave argument out")
-        if self.parameters is None:
+        if any(p.rank for p in self.parameters):
             raise NotImplementedError("accesses of one argument are not told apart in kernels with tensor descriptors")
         mine = {i for i, p in enumerate(self.parameters) if p.pointer and p.argument == argument}
         return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses if a.parameters & mine))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,12 +13,11 @@ from torch import Tensor
 
 from .binary import Binary
 from .machine import cubin
-from .machine.code import COUNTED, Instruction, read
+from .machine.code import KINDS, Instruction, read
 from .machine.counts import Count
 from .machine.steps import Code
 from .machine.walk import LIMIT, Walk
 
-KINDS = ("instructions", *dict.fromkeys(COUNTED.values()))
 BUDGET, FEWEST, MOST = 300_000, 4, 18
 """Instructions to walk through in all, and how many programs at least and at most."""
 ALIGNED = 512
@@ -62,7 +62,8 @@ class Executed:
     """What data would add to these if it always took the longer way, a loop that it decides once."""
     loaded: float
     stored: float
-    """Bytes that all programs ask global memory for, masked lanes left out."""
+    """Bytes that all programs ask global memory for, masked lanes left out; bulk copies (TMA) count with whole tiles,
+    also where these reach beyond the tensor."""
     sectors: float
     """Pieces of 32 bytes that they draw from L2 or send there: times 32 it is more than the bytes where lanes do not
     use neighbouring memory.  What a warp's last loads touched is in L1."""
@@ -115,7 +116,7 @@ def sampled(programs: int, most: int) -> list[tuple[int, float]]:
 @lru_cache(maxsize=512)
 def prepared(binary: Binary) -> tuple[Code, tuple[cubin.Place, ...]]:
     text, name = binary.cuobjdump("-sass"), binary.name
-    return Code(read(text, name)), cubin.parameters(binary.asm["cubin"], name)
+    return Code(read(text, name), max(binary.tiles, default=0)), cubin.parameters(binary.asm["cubin"], name)
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -136,6 +137,25 @@ def _address(pointer: Any) -> int:
     return address if address % 64 else -(-address // ALIGNED) * ALIGNED
 
 
+def _pieces(value: Any, rank: int, left: deque[cubin.Place]) -> Iterator[tuple[cubin.Place, Any]]:
+    """Where the pieces of a parameter lie, and their values (None: not known).
+
+    A tensor descriptor is an opaque word of 128 bytes, sizes and strides; without TMA its tensor, sizes, strides and
+    flags stand in the place of that word.
+    """
+    if not left:
+        return
+    first = left.popleft()
+    sizes = [*value.shape, *value.strides] if rank and value is not None else [None] * 2 * rank
+    opaque = first.size > 8
+    yield first, None if opaque else value.base if rank and value is not None else value
+    if rank and not opaque:
+        yield from zip([left.popleft() for _ in sizes], sizes, strict=True)
+        while left and left[0].size == 1:
+            left.popleft()
+    yield from zip([left.popleft() for _ in sizes], sizes, strict=True)
+
+
 def constants(
     binary: Binary, places: Sequence[cubin.Place], arguments: Mapping[str, Any], grid: tuple[int, int, int]
 ) -> dict[int, int]:
@@ -145,13 +165,15 @@ def constants(
     words = {block: binary.threads, block + 4: 1, block + 8: 1, stack: 1 << 16}
     words |= {size + 4 * axis: n for axis, n in enumerate(grid)}
     queues = {name: _flat(value) for name, value in arguments.items()}
-    for parameter, place in zip(binary.parameters or (), places, strict=False):
-        value = next(queues.get(parameter.argument, iter(())), None)
-        if parameter.pointer and value is not None:
-            value = _address(value)
-        if isinstance(value, int):  # also bool
-            bits = int(value) & ((1 << 8 * place.size) - 1)
-            words |= {place.offset + k: bits >> 8 * k & 0xFFFFFFFF for k in range(0, place.size, 4)}
+    left = deque(places)
+    for parameter in binary.parameters:
+        whole = next(queues.get(parameter.argument, iter(())), None)
+        for place, value in _pieces(whole, parameter.rank, left):
+            if value is not None and (parameter.pointer or isinstance(value, Tensor)):
+                value = _address(value)
+            if isinstance(value, int):  # also bool
+                bits = int(value) & ((1 << 8 * place.size) - 1)
+                words |= {place.offset + k: bits >> 8 * k & 0xFFFFFFFF for k in range(0, place.size, 4)}
     return words
 
 
@@ -168,25 +190,27 @@ def execute(binary: Binary, grid: tuple[int, int, int], arguments: Mapping[str, 
     words, programs = constants(binary, places, arguments, grid), prod(grid)
     threads = binary.threads // 32
 
-    def walk(program: int, tickets: bool) -> list[tuple[float, Walk]]:
+    def walk(program: int, tickets: bool) -> list[Walk]:
         x, y, _ = grid
         where = {"SR_CTAID.X": program % x, "SR_CTAID.Y": program // x % y, "SR_CTAID.Z": program // (x * y),
                  "SR_TID.Y": 0, "SR_TID.Z": 0, "SR_CgaCtaId": program % ctas, "SR_VIRTUALSMID": 0}  # fmt: skip
-        found: list[tuple[float, Walk]] = []
+        found: list[Walk] = []
         for warp in range(threads):  # all: where a row ends decides which of them have anything to do
-            told = found[0][1].barriers if found else ()
+            told = found[0].barriers if found else ()
             one = Walk(code, where, words, warp, program // ctas if tickets else None, told)
             one.run()
-            found.append((1 / threads, one))
+            found.append(one)
+            if one.left <= 0:  # the others would take as long
+                break
         return found
 
     first = walk(0, True)
-    most = max(FEWEST, min(MOST, BUDGET // max(1, sum(sum(w.count.visits) for _, w in first))))
-    draws = {w.first_atomic for _, w in first if w.first_atomic}
+    most = max(FEWEST, min(MOST, BUDGET // max(1, sum(sum(w.count.visits) for w in first))))
+    draws = {w.first_atomic for w in first if w.first_atomic}
     tickets = len(draws) == 1 and next(iter(draws))[1] == 1
-    sample = sampled(programs, most)
+    sample = sampled(programs, most) if all(w.left > 0 for w in first) else [(0, 1.0)]
     walks = [(share, first if program == 0 and tickets else walk(program, tickets)) for program, share in sample]
-    drawn = {w.first_atomic for _, found in walks for _, w in found if w.first_atomic}
+    drawn = {w.first_atomic for _, found in walks for w in found if w.first_atomic}
     if tickets and len(drawn) > 1:  # not one counter for all: no tickets
         tickets = False
         walks = [(share, walk(program, False)) for program, share in sample]
@@ -194,19 +218,13 @@ def execute(binary: Binary, grid: tuple[int, int, int], arguments: Mapping[str, 
 
 
 def counted(code: Code, visits: Sequence[int]) -> dict[str, int]:
-    found = dict.fromkeys(KINDS, 0)
-    for step, n in zip(code.steps, visits, strict=True):
-        if n and step.i.head != "NOP":
-            found["instructions"] += n
-            if kind := COUNTED.get(step.i.head):
-                found[kind] += n
-    return found
+    return {kind: sum(map(visits.__getitem__, places)) for kind, places in code.kinds.items()}
 
 
 def summarised(
-    binary: Binary, code: Code, walks: Sequence[tuple[float, list[tuple[float, Walk]]]], programs: int, tickets: bool
+    binary: Binary, code: Code, walks: Sequence[tuple[float, list[Walk]]], programs: int, tickets: bool
 ) -> Executed:
-    """The averages over a sample of (share, [(share of its warps, walk)])."""
+    """The averages over a sample of (share, the warps of a program)."""
     counts, most = dict.fromkeys(KINDS, 0.0), dict.fromkeys(KINDS, 0.0)
     totals = dict.fromkeys(("loaded", "stored", "sectors", "in_flight", "wavefronts", "size"), 0.0)
     longest = dict.fromkeys(("rounds", "atomic_rounds", "cycles", "further_rounds", "further_cycles"), 0.0)
@@ -214,24 +232,27 @@ def summarised(
     loops: set[int] = set()
     accesses: set[int] = set()
     endless = False
-    for share, warps_walked in walks:
-        for part, walk in warps_walked:
+    for share, walked in walks:
+        part = share / len(walked)
+        for walk in walked:
             one: Count = walk.count
             for kind, n in counted(code, one.visits).items():
-                counts[kind] += share * part * n
-                most[kind] += share * part * n
+                counts[kind] += part * n
+                most[kind] += part * n
             for kind, n in counted(code, one.maybe).items():
-                most[kind] += share * part * n
+                most[kind] += part * n
             for name in totals:
-                totals[name] += share * part * (getattr(one, name) if name != "size" else sum(map(bool, one.visits)))
+                totals[name] += part * (getattr(one, name) if name != "size" else sum(map(bool, one.visits)))
             branches |= one.branches
             loops |= one.loops
             accesses |= one.accesses
             endless |= one.endless
         for name in longest:
-            longest[name] += share * max(getattr(walk.count, name) for _, walk in warps_walked)
-    uncounted = ["bytes of bulk copies (TMA) are not counted"] if code.bulk else []
-    if any(walk.left <= 0 for _, found in walks for _, walk in found):
+            longest[name] += share * max(getattr(walk.count, name) for walk in walked)
+    uncounted = []
+    if any(step.access == "tile" for step in code.steps) and len(binary.tiles) != 1:
+        uncounted.append(f"a bulk copy stores {' or '.join(map(str, sorted(binary.tiles))) or 'unknown'} bytes")
+    if any(walk.left <= 0 for _, found in walks for walk in found):
         uncounted.append(f"a warp executes more than {LIMIT} instructions: the rest was not walked through")
     deciding = [("a loop" if at in loops else "a branch", at) for at in branches | loops]
     deciding += [("an access", at) for at in accesses]

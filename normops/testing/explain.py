@@ -161,7 +161,7 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
     returns requires gradients and it does no backward of its own, the backward is explained too: no ``.grad`` changes,
     the graph stays, hooks run.  Devices: the names of ``HARDWARE``.
 
-    Raises ValueError for an unknown device, RuntimeError in Triton's interpreter, which compiles nothing.
+    Raises ValueError for an unknown device or meta tensors, RuntimeError in the interpreter, which compiles nothing.
 
     >>> import torch, normops
     >>> from normops.testing import explain
@@ -171,7 +171,10 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
     ('forward', 'backward', True)
     """
     with virtual_device(device) as gpu, plans() as planned:
-        outputs = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor) and t.grad_fn is not None]
+        results = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)]
+        if any(t.is_meta for t in results):
+            raise ValueError("call must compute with CPU tensors (torch.empty costs nothing), got a result on meta")
+        outputs = [t for t in results if t.grad_fn is not None]
         ran = any("dy" in one.itemsizes for one in planned)  # the call did its own backward
         inputs = [] if ran else _leaves(outputs)
         if inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -266,7 +267,7 @@ class VirtualDevice:
         return Driver()
 
 
-def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tuple[Parameter, ...] | None:
+def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tuple[Parameter, ...]:
     """The parameters of the compiled kernel, in order; a tuple is passed as its elements."""
     found: list[Parameter] = []
 
@@ -275,12 +276,13 @@ def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tup
             for element in kind:
                 add(name, element)
         elif kind != "constexpr":
-            found.append(Parameter(name, str(kind).startswith("*")))
+            block = re.match(r"tensordesc<[^\[]*\[([^\]]*)", str(kind))
+            found.append(Parameter(name, str(kind).startswith("*"), block[1].count(",") + 1 if block else 0))
 
     for name in names:
         if name is not None:
             add(name, signature.get(name, "constexpr"))
-    return None if any("tensordesc" in str(kind) for kind in signature.values()) else tuple(found)
+    return tuple(found)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ COUNTED = {
     "ATOMG": "atomics", "ATOM": "atomics", "RED": "atomics", "REDG": "atomics", "MEMBAR": "fences",
 }  # fmt: skip
 """Instruction -> what it counts as, beside an instruction.  MUFU: exp2, reciprocal, root, ..., 16 a clock and SM."""
+KINDS = ("instructions", *dict.fromkeys(COUNTED.values()))
 
 
 class Instruction(NamedTuple):
@@ -86,7 +87,25 @@ def read(text: str, function: str) -> list[Instruction]:
         found.append(Instruction(
             int(m["address"], 16), m["guard"], tuple(m["name"].split(".")), operands, *_control(int(m["high"], 16))
         ))  # fmt: skip
-    return found
+    places = {i.address: k for k, i in enumerate(found)}
+    return [
+        i._replace(parts=("BRA",)) if i.head == "CALL" and not _comes_back(found, places, i.target) else i
+        for i in found
+    ]
+
+
+def _comes_back(code: Sequence[Instruction], places: dict[int, int], target: int | None) -> bool:
+    """Whether what is called returns: compilers also call what ends the program."""
+    seen: set[int] = set()
+    todo = [places.get(target, len(code)) if target is not None else len(code)]
+    while todo:
+        k = todo.pop()
+        if k == len(code) or code[k].head == "RET":
+            return True
+        if k not in seen:
+            seen.add(k)
+            todo += [n for n in _follows(code, places, k) if n < len(code)]
+    return False
 
 
 def is_register(operand: str) -> bool:

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from . import lanes
 from .code import Instruction
 from .lanes import Value
 from .operands import size
-from .steps import Step
+from .steps import Code, Step
 from .warp import Warp
 
 READ = 8
@@ -87,12 +88,16 @@ class Waits:
         """Rounds of groups of asynchronous copies that have not been waited for."""
         self.under_way = self.copying = 0
         self.near: dict[int, None] = {}
+        self.announced: dict[int | None, tuple[int, int]] = {}
+        """Barrier in shared memory -> round and bytes of the bulk copies that arrive there."""
 
     def state(self) -> Any:
-        return [list(c) for c in (self.ready, self.rounds, self.atomic_rounds, self.bytes)], self.under_way
+        lists = [list(c) for c in (self.ready, self.rounds, self.atomic_rounds, self.bytes)]
+        return lists, self.under_way, dict(self.announced)
 
     def restore(self, state: Any) -> None:
-        lists, self.under_way = state
+        lists, self.under_way, announced = state
+        self.announced = dict(announced)
         self.ready, self.rounds, self.atomic_rounds, self.bytes = (list(c) for c in lists)
 
     def wait(self, count: Count, counters: tuple[int, ...]) -> None:
@@ -144,14 +149,36 @@ class Waits:
             self.bytes[number] -= share
             self.under_way -= share
 
-    def access(self, count: Count, step: Step, warp: Warp, wavefronts: Any) -> None:
+    def tile(self, count: Count, step: Step, warp: Warp, stored: int) -> None:
+        """A copy of a whole tile: announced at a barrier in shared memory and awaited there, or stored."""
+        if step.access == "tile":
+            count.stored += stored
+            count.sectors += stored // 32
+            return
+        here, at, announced = warp.active_lanes(), step.address(warp), warp.of_lanes(step.i.operands[-1])
+        barrier = None if at is None else int(lanes.array(at)[here[0]])
+        if step.access == "awaited":
+            rounds, moved = self.announced.pop(barrier, (0, 0))
+            count.rounds = max(count.rounds, rounds)
+            self.under_way -= moved
+        elif announced is not None:
+            moved = int(lanes.array(announced)[here].sum())
+            self.announced[barrier] = count.rounds + 1, self.announced.get(barrier, (0, 0))[1] + moved
+            count.loaded += moved
+            count.sectors += moved // 32
+            self.under_way += moved
+            count.in_flight = max(count.in_flight, self.under_way)
+
+    def access(self, count: Count, step: Step, warp: Warp, code: Code) -> None:
         """An access to global or shared memory, or a shuffle."""
         i = step.i
         if step.access == "shared":
             at = step.address(warp)
             if isinstance(at, np.ndarray) and isinstance(warp.mask, np.ndarray):
                 at = at[warp.mask]
-            count.wavefronts += wavefronts(at, i.width // 8)
+            count.wavefronts += code.wavefronts(at, i.width // 8)
+        elif step.access in ("announced", "awaited", "tile"):
+            self.tile(count, step, warp, code.tile)
         elif step.access != "global":
             count.wavefronts += 1 if step.access == "shuffle" else size(i)
         else:

@@ -19,7 +19,8 @@ from .operands import Act, Warp, pair, place, predicate, reader, size, split
 SILENT = frozenset({
     "STG", "STSM", "BAR", "BSSY", "BSYNC", "WARPSYNC", "BREAK", "MEMBAR", "ERRBAR", "CGAERRBAR", "CCTL", "CCTLL", "NOP",
     "DEPBAR", "LDGDEPBAR", "YIELD", "RED", "REDG", "NANOSLEEP", "BMOV", "LDGSTS", "UBLKCP", "UTMALDG", "UTMASTG",
-    "UTMACCTL", "UTMACMDFLUSH", "PREEXIT", "ACQBULK", "EXIT", "BRA", "CALL", "RET", "BRX", "JMP", "KILL", "BPT",
+    "UTMAREDG", "UTMACCTL", "UTMACMDFLUSH", "PREEXIT", "ACQBULK", "EXIT", "BRA", "CALL", "RET", "BRX", "JMP", "KILL",
+    "BPT",
 })  # fmt: skip
 """Instructions that leave registers and predicates as they are, or are the walk's own business."""
 
@@ -81,6 +82,20 @@ def vote(i: Instruction) -> Act:
             w.put(register_out, None if here is None else sum(1 << int(n) for n in w.active_lanes()[here]))
 
     return act
+
+
+def elect(i: Instruction) -> Act:
+    """The first lane, of those that are here."""
+    out = i.operands[0]
+    return lambda w: w.set(out, w.active_lanes()[0] == lanes.LANES if len(w.active_lanes()) else False)
+
+
+def barrier(i: Instruction) -> Act:
+    """SYNCS, a barrier in shared memory: what is waited for has come when a wait for it is over."""
+    if "TRYWAIT" not in i.parts:
+        return forget(i)
+    out = i.operands[0]
+    return lambda w: w.set(out, True)
 
 
 def to_float(i: Instruction) -> Act:
@@ -180,10 +195,14 @@ def forget(i: Instruction) -> Act:
     outs = list(takewhile(PREDICATE.match, i.operands))
     written = i.operands[len(outs) : len(outs) + (2 if i.width == 256 else 1)]  # 256 bits come in two pieces
     names = [pair(o, k) for o in written if is_register(o) for k in range(size(i))]
+    unknown = dict.fromkeys(names)
 
     def act(w: Warp) -> None:
-        for name in names:
-            w.put(name, None)
+        if w.mask is True and not w.partly:
+            w.registers.update(unknown)
+        else:
+            for name in names:
+                w.put(name, None)
         for name in outs:
             w.set(name, None)
 
@@ -233,10 +252,10 @@ def atomic(i: Instruction) -> Act:
 
 _MEANINGS: dict[str, Callable[[Instruction], Act]] = integers.MEANINGS | {
     "MOV": move, "MOV32I": move, "LDC": move, "LDCU": move, "ULDC": move, "CS2R": special, "S2R": special,
-    "S2UR": special, "R2UR": read_first, "SHFL": exchange, "VOTE": vote, "VOTEU": vote, "I2F": to_float,
-    "I2FP": to_float, "F2I": to_integer, "MUFU": function_unit, "HFMA2": halves, "P2R": predicates_to_register,
-    "R2P": register_to_predicates, "LDS": load, "LDL": load, "STS": store, "STL": store, "ATOMG": atomic,
-    "ATOM": atomic, "ATOMS": atomic,
+    "S2UR": special, "R2UR": read_first, "SHFL": exchange, "VOTE": vote, "VOTEU": vote, "ELECT": elect,
+    "SYNCS": barrier, "I2F": to_float, "I2FP": to_float, "F2I": to_integer, "MUFU": function_unit, "HFMA2": halves,
+    "P2R": predicates_to_register, "R2P": register_to_predicates, "LDS": load, "LDL": load, "STS": store, "STL": store,
+    "ATOMG": atomic, "ATOM": atomic, "ATOMS": atomic,
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .code import PREDICATE, Instruction, meeting_points
+from .code import COUNTED, KINDS, PREDICATE, Instruction, meeting_points
 from .lanes import Value, both
 from .meaning import meaning
 from .operands import Act, place, predicate
@@ -21,10 +21,8 @@ model of times scales the cycles of a warp by a factor that was fitted."""
 OTHERS = 14
 """The same of what is not listed."""
 ACCESSES = {"LDG": "global", "STG": "global", "LDGSTS": "global", "LDS": "shared", "STS": "shared", "LDSM": "matrix",
-            "STSM": "matrix", "SHFL": "shuffle"}  # fmt: skip
-BULK = ("UTMALDG", "UTMASTG", "UTMAREDG", "UBLKCP", "UBLKRED", "UBLKPF")
-"""Copies of tiles, whose sizes lie in descriptors."""
-FAR = ("LDG", "LDGSTS", "ATOMG", "ATOM", "SYNCS")
+            "STSM": "matrix", "SHFL": "shuffle", "UTMASTG": "tile", "UTMAREDG": "tile"}  # fmt: skip
+FAR = ("LDG", "LDGSTS", "ATOMG", "ATOM")
 """What leaves the SM and comes back: a wait for it is a round."""
 
 
@@ -38,12 +36,15 @@ class Step(NamedTuple):
     control: bool
     """Whether it may go elsewhere than to the next one."""
     latency: int
+    noted: bool
+    """Whether others can wait for it."""
     far: str
     """"" or what the round is of: "loads", "atomics"."""
     address: Any
     """Of an access to global or shared memory; None: no access, or a shuffle."""
     access: str
-    """"": none, "global", "shared" or "shuffle"."""
+    """"": none, "global", "shared", "shuffle", ...; "announced" and "awaited": copies of whole tiles into shared
+    memory, "tile": out of it."""
 
 
 def guard_of(i: Instruction) -> Any:
@@ -57,25 +58,40 @@ def guard_of(i: Instruction) -> Any:
     return lambda w: both(reads[0](w), reads[1](w))
 
 
-class Code:
-    """A kernel's machine code, prepared once for all walks."""
+def access_of(i: Instruction) -> str:
+    """See Step.access.  A barrier in shared memory (SYNCS) is told how many bytes of bulk copies will arrive at it."""
+    if i.head != "SYNCS":
+        return ACCESSES.get(i.head, "")
+    if "TRYWAIT" in i.parts:
+        return "awaited"
+    return "announced" if i.parts[1:] == ("ARRIVE", "TRANS64") and i.operands[-1] != "RZ" else ""
 
-    def __init__(self, code: Sequence[Instruction]) -> None:
+
+class Code:
+    """A kernel's machine code, prepared once for all walks.  ``tile``: bytes that a bulk copy stores."""
+
+    def __init__(self, code: Sequence[Instruction], tile: int = 0) -> None:
+        self.tile = tile
         self._wavefronts: dict[Any, int] = {}
-        self.bulk = any(i.head in BULK for i in code)
         self.places = {i.address: k for k, i in enumerate(code)}
         self.steps = [self._step(i, m) for i, m in zip(code, meeting_points(code), strict=True)]
+        self.kinds: dict[str, list[int]] = {kind: [] for kind in KINDS}
+        """Kind -> instructions that count as such."""
+        for k, i in enumerate(code):
+            if i.head != "NOP":
+                for kind in ("instructions", COUNTED.get(i.head)):
+                    if kind:
+                        self.kinds[kind].append(k)
 
     def _step(self, i: Instruction, meets: int) -> Step:
-        far = "" if i.head not in FAR or (i.sets is None and i.head != "LDGSTS") or (
-            i.head == "SYNCS" and not self.bulk  # it waits for something else, for a product of matrices
-        ) else (
-            "loads" if i.head in ("LDG", "LDGSTS", "SYNCS") else "atomics")  # fmt: skip
+        far, access = "", access_of(i)
+        if i.head in FAR and (i.sets is not None or i.head == "LDGSTS"):
+            far = "loads" if i.head in ("LDG", "LDGSTS") else "atomics"
         return Step(
             i, meaning(i), guard_of(i), meets,
             i.head in ("BRA", "EXIT", "CALL", "RET", "BRX", "JMP", "BAR", "DEPBAR", "LDGDEPBAR"),
-            LATENCY.get(i.head, OTHERS), far, place(i) if i.head in ACCESSES and i.head != "SHFL" else None,
-            ACCESSES.get(i.head, ""),
+            LATENCY.get(i.head, OTHERS), i.sets is not None or i.frees is not None, far,
+            place(i) if access not in ("", "shuffle", "tile") else None, access,
         )  # fmt: skip
 
     def wavefronts(self, at: Value, width: int) -> int:

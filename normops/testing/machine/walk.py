@@ -19,8 +19,10 @@ from .operands import predicate
 from .steps import Code, Step
 from .warp import Warp
 
-LIMIT = 4_000_000
+LIMIT = 1_000_000
 """Instructions of one warp, after which a walk gives up."""
+FORK = 200
+"""Instructions that are walked in the time that it takes to prepare two ways."""
 
 
 class Frame(NamedTuple):
@@ -83,7 +85,7 @@ class Walk(Warp):
                 if mask is not False:
                     self.mask = mask
                     if step.access:
-                        waits.access(count, step, self, self.code.wavefronts)
+                        waits.access(count, step, self, self.code)
                         if mask is None and step.access == "global":
                             count.accesses.add(at)
                     if step.act is not None:
@@ -91,7 +93,8 @@ class Walk(Warp):
                     if step.far:
                         waits.begin(count, step)
                     self.mask = before
-            waits.note(count, step)
+            if step.noted:
+                waits.note(count, step)
             at = went
 
     def _join(self, frames: list[Frame]) -> int:
@@ -200,6 +203,7 @@ class Walk(Warp):
             count.endless = True
             count.loops.add(at)
             return meets if meets < end else at
+        self.left -= FORK
         count.branches.add(at)
         self.open.add(at)
         before = self.state(), self.waits.state()

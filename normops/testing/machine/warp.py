@@ -29,6 +29,8 @@ class Warp:
         self.registers: dict[str, Value] = {}
         self.predicates: dict[str, Value] = {}
         self.packed: dict[str, dict[str, Value]] = {}
+        self.partly: dict[str, tuple[Value, int]] = {}
+        """Register of which not all lanes are known -> lanes that last wrote it, and what."""
         self.memory: dict[str, dict[int, Value]] = {"shared": {}, "local": {}}
         self.barriers: list[dict[int, Value]] = []
         self.mask: Value = True
@@ -49,9 +51,21 @@ class Warp:
             high = name[: len(name.rstrip("0123456789"))] + str(int(name.lstrip("UR")) + 1)
             self.put(high, None if v is None else v >> 32)
             v = None if v is None else v & M32
+        if self.partly:
+            self.partly.pop(name, None)
         if self.mask is not True:
-            v = lanes.select(self.mask, v, self.registers.get(name, 0))
+            written, v = v, lanes.select(self.mask, v, self.registers.get(name, 0))
+            if v is None and isinstance(written, int) and isinstance(self.mask, np.ndarray):
+                self.partly[name] = self.mask, written
         self.registers[name] = v
+
+    def of_lanes(self, name: str) -> Value:
+        """A register as the lanes that are here have it, where those that are not may hold anything."""
+        v = self.registers.get(name, 0)
+        if v is None and name in self.partly and isinstance(self.mask, np.ndarray):
+            mask, written = self.partly[name]
+            return written if mask[self.mask].all() else None
+        return v
 
     def set(self, name: str, p: Value) -> None:
         if name in ("PT", "UPT"):
@@ -120,6 +134,7 @@ class Warp:
         self.registers, self.predicates = dict(registers), dict(predicates)
         self.memory = {name: dict(known) for name, known in memory.items()}
         self.calls, self.barriers = list(calls), list(barriers)
+        self.partly.clear()
 
     def forget_what_differs(self, other: Any) -> None:
         """Keep what is the same in another state; the rest is unknown."""
