@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = 19  # twenty seconds where Triton has not compiled them before; `make versions` takes them all
+EVERY = 37  # ten seconds where Triton has not compiled them before; `make versions` takes them all
 
 
 def test_layouts_compile() -> None:
@@ -20,4 +20,4 @@ def test_layouts_compile() -> None:
     summary = re.search(r"(\d+) launches, (\d+) folded, (\d+) runs along one coordinate, .* 0 failed", done.stdout)
     assert summary, done.stdout
     launches, folded, runs = map(int, summary.groups())
-    assert launches > 50 and folded > 0 and runs >= 3, "the sample holds what the compiler may refuse"
+    assert launches > 20 and folded > 0 and runs >= 3, "the sample holds what the compiler may refuse"

@@ -86,7 +86,7 @@ def test_the_baseline_holds_the_case_table() -> None:
     assert {launch["kernel"] for row in rows for launch in row["launches"]} == KERNELS, "it shows every kernel"
 
 
-@pytest.mark.parametrize(("device", "only"), [("h100", "resnet"), ("h100", "row"), ("b200", "unet")])
+@pytest.mark.parametrize(("device", "only"), [("h100", "resnet"), ("h100", "row"), ("b200", "unet 1280")])
 def test_the_case_table(device: str, only: str, tmp_path: Path) -> None:
     """A part of it, for time; `python -m bench evidence --base HEAD` compares all of it with another commit."""
     rows = measured(tmp_path, "--device", device, "--compile-only", "--only", only)

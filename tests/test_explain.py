@@ -58,6 +58,10 @@ CALLS: dict[str, Callable[[], Any]] = {
 }
 
 
+FORWARD_ONLY = {"BatchNorm3d", "InstanceNorm3d", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm2d", "Normalize"}
+"""Modules whose backward is that of a function above; for time."""
+
+
 def figures(found: Explanation) -> list[dict[str, Any]]:
     return [
         {
@@ -86,7 +90,10 @@ def backward_and_return() -> torch.Tensor:
 
 
 def explain_all() -> dict[str, Any]:
-    found = {name: figures(explain(call)) for name, call in CALLS.items()}
+    found: dict[str, Any] = {}
+    for name, call in CALLS.items():
+        with torch.set_grad_enabled(name not in FORWARD_ONLY):
+            found[name] = figures(explain(call))
     found["without gradients"] = figures(explain(lambda: F.layer_norm(ROWS.detach(), (256,))))
     found["its own backward"] = figures(explain(lambda: F.layer_norm(ROWS, (256,)).sum().backward()))
     found["returned after its own backward"] = figures(explain(backward_and_return))
@@ -127,6 +134,7 @@ def found() -> dict[str, Any]:
 def test_every_function_and_module_is_explained(name: str, found: dict[str, Any]) -> None:
     calls = found[name]
     want = ["forward", "backward"] if name != "a model" else ["forward", "forward", "backward", "backward"]
+    want = want[:1] if name in FORWARD_ONLY else want
     assert [call["name"] for call in calls] == want
     for call in calls:
         assert call["bound"] in BOUNDS and call["calibrated"] and call["launches"]

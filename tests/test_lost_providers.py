@@ -78,7 +78,6 @@ def apart(task: tuple[Any, Job]) -> list[timing.Row]:
 def test_a_lost_process_costs_the_rows_of_the_provider_at_work() -> None:
     died = "the process died (exit code 7)"
     expected: dict[Any, dict[str, str]] = {
-        with_one_that_dies: {"dies": died},
         with_two_that_die: {"dies": died, "dies too": died},
         with_one_that_loses_the_device: {"loses it": "RuntimeError: the device is lost"},
         with_one_that_dies_while_it_is_timed: {"second": "the process died (exit code 9)"},
