@@ -20,16 +20,6 @@ torch.set_num_threads(1)  # pytest -n shares out the cores
 prepare_once()  # most of the time of the suite
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a module prepares for its tests, one process prepares (``pytest -n 2 --dist loadgroup``)."""
-    for item in items:
-        assert isinstance(item, pytest.Function)
-        known = item._fixtureinfo.name2fixturedefs
-        if any(fixture.scope == "module" for several in known.values() for fixture in several):
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
-
-
 class _Poisoned:
     """torch, but empty tensors hold NaN: what a kernel forgets to write, or reads before it is written, shows."""
 
