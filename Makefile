@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: test bench lint versions clean
 
-# by file: what a module prepares for its tests, one process prepares; in order, for the last files are short
+# by file: what a module prepares for its tests, one process prepares; in order, so that the long files do not come last
 test: .venv/.stamp
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q

@@ -317,14 +317,15 @@ def test_warps_beyond_the_end_of_a_row_load_nothing(found: dict[str, Any], h100:
         assert one["sectors"] * 32 == pytest.approx(2 * 512 * n * 2, rel=0.06), "and statistics; lines that rows share"
 
 
-def test_bulk_copies_count_with_their_tiles(found: dict[str, Any]) -> None:
-    one, two = found["tiled"], found["tiles"]
-    assert one["loaded"] == two["loaded"] == one["stored"] == 256 * 512 * 2 and not one["unsure"]
-    assert one["sectors"] == (one["loaded"] + one["stored"]) / 32
-    if one["rounds"] == 4:  # a tile at a time
-        assert one["in_flight"] == 64 * 128 * 2 / 4, "a tile, for each of four warps"
-    assert one["rounds"] in (4, 8) and two["stored"] == 1.5 * one["stored"]
-    assert not two["unsure"], "each copy is of 64 x 64 elements"
+def test_bulk_copies_count_with_their_tiles(all_found: dict[str, dict[str, Any]]) -> None:
+    for device, found in all_found.items():
+        one, two = found["tiled"], found["tiles"]
+        assert one["loaded"] == two["loaded"] == one["stored"] == 256 * 512 * 2 and two["stored"] == 1.5 * one["stored"]
+        if device == "a100":  # which has none
+            continue
+        assert not one["unsure"] and not two["unsure"], "each copy out is of 64 x 64 elements"
+        assert one["sectors"] == (one["loaded"] + one["stored"]) / 32
+        assert one["rounds"] == 4 and one["in_flight"] == 64 * 128 * 2 / 4, "a tile at a time, for each of four warps"
 
 
 def test_data_that_decides_of_everything_takes_no_longer(found: dict[str, Any]) -> None:
