@@ -17,7 +17,7 @@ from normops.testing import prepare_once
 torch.set_num_threads(1)  # pytest -n shares out the cores
 
 
-prepare_once()  # most of the time of the suite
+prepare_once()  # without it tests of values take four times as long
 
 
 class _Poisoned:

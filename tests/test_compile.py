@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-EVERY = 37  # ten seconds where Triton has not compiled them before; `make versions` takes them all
+EVERY = 37  # for time; `make versions` takes them all
 
 
 def test_layouts_compile() -> None:

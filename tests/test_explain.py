@@ -59,7 +59,7 @@ CALLS: dict[str, Callable[[], Any]] = {
 
 
 FORWARD_ONLY = {"BatchNorm3d", "InstanceNorm3d", "LayerNorm", "RMSNorm", "GroupNorm", "InstanceNorm2d", "Normalize"}
-"""Modules whose backward is that of a function above; for time."""
+"""Their backward is left out, for time: other calls show one of the same kind."""
 
 
 def figures(found: Explanation) -> list[dict[str, Any]]:

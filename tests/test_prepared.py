@@ -1,4 +1,4 @@
-"""The interpreter at twice its speed computes what it always did."""
+"""The interpreter that prepares once computes what it always did."""
 
 from __future__ import annotations
 

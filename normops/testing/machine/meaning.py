@@ -195,14 +195,10 @@ def forget(i: Instruction) -> Act:
     outs = list(takewhile(PREDICATE.match, i.operands))
     written = i.operands[len(outs) : len(outs) + (2 if i.width == 256 else 1)]  # 256 bits come in two pieces
     names = [pair(o, k) for o in written if is_register(o) for k in range(size(i))]
-    unknown = dict.fromkeys(names)
 
     def act(w: Warp) -> None:
-        if w.mask is True and not w.partly:
-            w.registers.update(unknown)
-        else:
-            for name in names:
-                w.put(name, None)
+        for name in names:
+            w.put(name, None)
         for name in outs:
             w.set(name, None)
 

@@ -79,9 +79,9 @@ class Code:
         """Kind -> instructions that count as such."""
         for k, i in enumerate(code):
             if i.head != "NOP":
-                for kind in ("instructions", COUNTED.get(i.head)):
-                    if kind:
-                        self.kinds[kind].append(k)
+                self.kinds["instructions"].append(k)
+            if i.head in COUNTED:
+                self.kinds[COUNTED[i.head]].append(k)
 
     def _step(self, i: Instruction, meets: int) -> Step:
         far, access = "", access_of(i)
