@@ -17,6 +17,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from normops import testing
+from normops.testing.explain import ENGINES
 from normops.testing.predict import CALIBRATED, Model, calibrated, model_of
 
 from .common import console, print_table, progress_bar
@@ -24,8 +25,6 @@ from .figures import Row, demand
 
 FOLDER = Path(__file__).parent / "results"
 FOLDS, CUT, ROUNDS, EVALUATIONS = 8, 0.8, 3, 2500
-EXPERIMENTS = ("cooperative", "cluster")
-"""Engines that are predicted, but not fitted: no call takes them."""
 RANGES = {
     "call": (0, 3), "launch": (0.3, 3), "mufu": (4, 16), "wavefront": (2, 8), "dram": (0.95, 1.05), "l2": (1, 5),
     "sm_bytes": (20, 80), "round": (0.2, 1.2), "near_round": (0.1, 0.8), "atomic_round": (0.2, 2), "barrier": (0, 250),
@@ -75,8 +74,9 @@ def read_points(device: str, folder: Path = FOLDER) -> tuple[list[Row], list[str
 
 
 def measured_on(device: str, content: Row, row: Row) -> bool:
+    """Whether the row is a point of this device; rows of engines that are gone stay in files, and are left out."""
     named = content.get("machine", {}).get("name", "") if isinstance(content.get("machine"), dict) else ""
-    same = testing.hardware_of(named) == device
+    same = testing.hardware_of(named) == device and row.get("engine") in ENGINES
     return same and bool(row.get("us")) and bool(row.get("launches")) and row.get("direction") != "both"
 
 
@@ -101,15 +101,13 @@ def fit(points: Points, hardware: testing.Hardware, start: Model, kept: Any = No
     return model_from(u)
 
 
-def unseen(
-    points: Points, hardware: testing.Hardware, start: Model, fitted: Any, each: Callable[[], None]
-) -> Any:
+def unseen(points: Points, hardware: testing.Hardware, start: Model, each: Callable[[], None]) -> Any:
     """Predictions of calls that the model was not fitted to: each share of the cases by a fit to the others."""
     cases = sorted({row["case"] for row in points.rows})
     fold = np.array([cases.index(row["case"]) % FOLDS for row in points.rows])
     found = np.zeros(len(points.rows))
     for k in range(FOLDS):
-        model = fit(points, hardware, start, fitted & (fold != k))
+        model = fit(points, hardware, start, fold != k)
         found[fold == k] = points.of(model, hardware)[fold == k]
         each()
     return found
@@ -148,25 +146,23 @@ def calibrate(device: str, write: bool = False) -> bool:
         console.print(f"no file in {FOLDER} holds points that were measured on {hardware.title}", markup=False)
         return False
     points = gathered(rows)
-    fitted = np.array([row["engine"] not in EXPERIMENTS for row in rows])
-    console.print(f"{len(rows)} points of {', '.join(files)}; {fitted.sum()} are fitted, in {FOLDS + 1} fits",
-                  markup=False)  # fmt: skip
+    console.print(f"{len(rows)} points of {', '.join(files)}, in {FOLDS + 1} fits", markup=False)
     start, _ = model_of(device)
     with progress_bar() as progress:
         bar = progress.add_task("fit", total=FOLDS + 1)
-        model = fit(points, hardware, start, fitted)
+        model = fit(points, hardware, start)
         progress.advance(bar)
-        apart = unseen(points, hardware, model, fitted, lambda: progress.advance(bar))
+        apart = unseen(points, hardware, model, lambda: progress.advance(bar))
     errors = {"fitted": np.abs(points.of(model, hardware) / points.us - 1), "unseen": np.abs(apart / points.us - 1)}
     columns = ("by", "kind", "calls", "median", "9 of 10", "in 35 %", "unseen: median", "9 of 10", "in 35 %")
     print_table("Errors; unseen: of cases that the model was not fitted to", columns, error_table(rows, errors))
     named = zip(asdict(model).items(), RANGES.values(), strict=True)
     print_table("Parameters", ("name", "value", "range"), [[n, f"{v:.4g}", f"{low} to {high}"] for (n, v), (low, high)
                                                           in named])  # fmt: skip
-    mine = errors["unseen"][fitted]
+    seen, others = errors["fitted"], errors["unseen"]
     source = (
-        f"{fitted.sum()} calls of {', '.join(files)}; median error {np.median(errors['fitted'][fitted]):.1%}, of cases "
-        f"left out of the fit {np.median(mine):.1%} (nine of ten within {np.quantile(mine, 0.9):.0%})"
+        f"{len(rows)} calls of {', '.join(files)}; median error {np.median(seen):.1%}, of cases "
+        f"left out of the fit {np.median(others):.1%} (nine of ten within {np.quantile(others, 0.9):.0%})"
     )
     console.print(source, markup=False)
     if write:

@@ -19,7 +19,7 @@ from .timing import Job, Row, check, own
 from .verify import schedule_of, shape_of, verify_one
 from .workers import at_work
 
-WAITING = frozenset({"ticketed", "grad_ticketed", "cooperative", "grad_cooperative"})
+WAITING = frozenset({"ticketed", "grad_ticketed"})
 """Names of kernels that wait for other programs of their launch."""
 REPEATS, REPEATS_WAITING = 50, 1000
 """Runs that must give the same bits; a kernel that waits can race, and rare orders show only in many."""

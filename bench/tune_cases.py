@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from typing import Any
 
-from normops import compiled
 from normops.schedule import ENGINES, Device, Limits
 
 from .cases import CASES, Case
@@ -32,10 +31,6 @@ ALTERNATIVES = {
 """Limit -> values to try, as multiples of the one that stands."""
 PAST_LIMIT = 2
 """How far past its limit a group may be to be held on chip for the comparison: further on registers spill at length."""
-
-EXPERIMENTS = () if compiled.INTERPRETED else ("cooperative", "cluster") if compiled.CLUSTERS else ("cooperative",)
-TRIED = (*ENGINES, *EXPERIMENTS)
-"""Engines that are timed: experiments too, where they run, for to choose one needs measurements."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,7 @@ def questions(limits: Limits, device: Device) -> list[Question]:
     """The engines first, then values by how many calls they touch; last what is looked for again in L2."""
     now = asdict(limits)
     wide = {name: PAST_LIMIT * now[name] for name in RESIDENT}
-    engines = ((e, {"engine": e, **(wide if e == "resident" else {})}) for e in TRIED)
+    engines = ((e, {"engine": e, **(wide if e == "resident" else {})}) for e in ENGINES)
     found = [Question("engine", tuple(engines))]
     for name, factors in ALTERNATIVES.items():
         values = (max(1, int(now[name] * factor)) for factor in factors)

@@ -17,9 +17,6 @@ from triton.runtime import driver
 KNOWN = {"3.5", "3.6", "3.7", "3.8", "3.9"}
 _KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 
-CLUSTERS = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9)
-"""Whether the compiler reduces tiles of three axes across the programs of a cluster."""
-
 INTERPRETED = bool(knobs.runtime.interpret)
 
 

@@ -11,7 +11,6 @@ from math import prod
 from typing import Any, NamedTuple
 
 from .kernels import backward as kb
-from .kernels import cooperative as kc
 from .kernels import finish as kf
 from .kernels import forward as kw
 from .kernels import ticketed as kt
@@ -311,48 +310,6 @@ def _grad_ticketed(call: Counted) -> None:
     _write_gradient(call, tiles)
 
 
-def _team(call: Counted) -> tuple[_Tiles, int]:
-    """The tiles of a cooperative launch, all units of all teams; counts the words, where no program polls twice."""
-    one = call.tiles(call["chunks_s"])
-    kept, other = (call.points // call.n_c, call.n_c) if call["ALONG_M"] else (call.n_c, call.points // call.n_c)
-    units, each = cdiv(kept, call.block) * other, one.a.tiles * one.s.tiles
-    lanes = 2 * units * each + call.grid + call.grid // each
-    call.load("tickets_ptr", lanes, again=True)
-    call.store("tickets_ptr", lanes)
-    return one._replace(k=one.k._replace(tiles=units)), each
-
-
-def _merged_together(call: Counted, each: int, *pointers: str) -> None:
-    """What all programs of a team store, and each of them merges; see cooperative.settled."""
-    passes = 2 if call["BLOCK_K"] > 1 else 1
-    for pointer in pointers:
-        call.store(pointer, passes * call.groups * each)
-        call.load(pointer, (passes - 1) * call.points * each, again=True)
-
-
-def _cooperative(call: Counted) -> None:
-    tiles, each = _team(call)
-    _read_input(call, tiles)
-    _merged_together(call, each, "part_mean_ptr", "part_m2_ptr")
-    _merge_moments(call, each * each, again=True)
-    _finish_moments(call)
-    _write_output(call, tiles)
-
-
-def _grad_cooperative(call: Counted) -> None:
-    tiles, each = _team(call)
-    for pointer in ("mean_ptr", "rstd_ptr"):
-        call.load(pointer, tiles.lanes("k"))
-    _read_gradient(call, tiles)
-    for pointer in ("dw_ptr", "db_ptr"):
-        call.store(pointer, call.grid // each * call.n_a if call["ROWS"] else tiles.lanes("ka") // call.per_sum)
-    call.affine(tiles, *["w_ptr"] * (2 if call["CENTER"] else 1))
-    _merged_together(call, each, "q1_ptr", "q0_ptr")
-    for pointer in ("q1_ptr", "q0_ptr"):
-        call.load(pointer, call.groups * each * each, again=True)
-    _write_gradient(call, tiles)
-
-
 def _finish_affine(call: Counted) -> None:
     for p, d in (("p1_ptr", "dw_ptr"), ("p0_ptr", "db_ptr")):
         if call.has(d):
@@ -372,6 +329,4 @@ KERNELS: dict[Any, Callable[[Counted], None]] = {
     kf.finish_affine: _finish_affine,
     kt.ticketed: _ticketed,
     kt.grad_ticketed: _grad_ticketed,
-    kc.cooperative: _cooperative,
-    kc.grad_cooperative: _grad_cooperative,
 }

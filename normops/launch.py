@@ -13,7 +13,6 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from . import compiled, counters, schedule
@@ -151,14 +150,6 @@ class Step:
         return found
 
     def _bind(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> None:
-        if INTERPRETED and any("launch_cooperative_grid" in launch.options for launch in self.plan.launches):
-            raise RuntimeError(
-                "the engine 'cooperative' has programs that wait for one another, and Triton's interpreter runs them "
-                "one after the other: run it on a GPU, or race its launches (normops.testing.race)"
-            )
-        clustered = any("num_ctas" in launch.options for launch in self.plan.launches)
-        if clustered and not (INTERPRETED or compiled.CLUSTERS):
-            raise RuntimeError(f"the engine 'cluster' needs Triton 3.9 or newer, got {triton.__version__}")
         operands = self.operands(tensors, scalars)
         kernels = [
             launch.kernel[(launch.grid,)](
@@ -167,7 +158,6 @@ class Step:
                 **launch.constants,
                 num_warps=launch.num_warps,
                 enable_fp_fusion=True,  # the default so far; Triton 3.9 announces another
-                **launch.options,
             )
             for launch in self.plan.launches
         ]

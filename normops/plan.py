@@ -3,7 +3,7 @@ plan_backward, pure functions of shapes, strides, dtypes and facts about the dev
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
@@ -51,8 +51,6 @@ class Launch:
     scalars: tuple[str | int, ...]
     constants: dict[str, Any]
     num_warps: int
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the compiler, where they are not its defaults."""
 
     @property
     def operands(self) -> dict[str, str]:
@@ -79,7 +77,7 @@ class Plan:
     scratch: tuple[tuple[str, int], ...]
     """Partial results, which do not."""
     words: int = 0
-    """32-bit words that a ticketed or cooperative launch counts in: 0 before it and after it."""
+    """32-bit words that a ticketed launch counts in: 0 before it and after it."""
 
     @property
     def workspace(self) -> tuple[tuple[str, int], ...]:

@@ -1,5 +1,4 @@
-"""The launches of a backward call: resident, ticketed, split, or what is left without a gradient of statistics or x; if
-forced, cluster or cooperative."""
+"""The launches of a backward call: resident, ticketed, split, or what is left without a gradient of statistics or x."""
 
 from __future__ import annotations
 
@@ -12,7 +11,6 @@ from .kernels import finish as kf
 from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
-from .plan_cooperative import Together, plan_gradient, together
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
 
@@ -104,23 +102,12 @@ class _Backward:
         if tickets is not None:
             self.ticketed(tickets)
             return self.plan("ticketed", tickets.words)
-        if engine == "cluster" and self.device.capability >= (9, 0):
-            tile = self.resident_tile(schedule.CLUSTER * self.limits.grad_cluster)
-            if tile is not None:
-                tile, programs = schedule.clustered(tile, self.limits.grad_cluster, 512)
-                self.walk(tile, NONE, programs)
-                return self.plan("cluster")
-        found = self.together() if engine == "cooperative" else None
-        if found is not None:
-            self.cooperative(found)
-            return self.plan("cooperative", found.words)
         self.split()
         return self.plan("split")
 
-    def resident_tile(self, most_elements: int = 0) -> Tile | None:
+    def resident_tile(self) -> Tile | None:
         limits = self.limits
         limit = limits.backward_affine if self.along_rows and (self.dw or self.db) else limits.backward
-        limit = most_elements or limit
         # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
         most = 16 if self.grad is None else 8
         return schedule.whole_groups(
@@ -162,25 +149,6 @@ class _Backward:
         if not direct and any(totals):
             self.finish_affine(totals, m_blocks)
 
-    def together(self) -> Together | None:
-        if self.along_rows and self.n_c > 1:
-            return None  # a program would add up dw and db of several c
-        return together(
-            self.layout, self.itemsize, self.acc_bytes, self.limits.grad_cooperative_tile, self.grad is not None,
-            self.limits.rows, self.device,
-        )  # fmt: skip
-
-    def cooperative(self, found: Together) -> None:
-        totals = self.asked("t1", "t0")
-        launch, scratch, rows = plan_gradient(
-            self.layout, found, self.spec.center, self.along_rows, self.n_m, self.columns, READS, totals,
-            {**self.common, **self.streams},
-        )  # fmt: skip
-        self.launches.append(launch)
-        self.scratch |= dict(scratch)
-        if any(totals):
-            self.finish_affine(totals, rows)
-
     def split(self) -> None:
         if self.along_rows:
             self.finish_group(self.statistics(per_a=False, write=False), per_a=False)
@@ -197,8 +165,8 @@ class _Backward:
 
     # Launches
 
-    def walk(self, tile: Tile, sums: Names, programs: int = 1) -> None:
-        """grad_normalize; a single part writes dw and db at once.  programs: of a cluster that share a tile."""
+    def walk(self, tile: Tile, sums: Names) -> None:
+        """grad_normalize; a single part writes dw and db at once."""
         count, steps = schedule.parts(self.layout, tile, self.device, self.dw or self.db)
         direct = count == 1
         names = self.asked("dw", "db") if direct else self.asked("t1", "t0")
@@ -208,7 +176,7 @@ class _Backward:
             kb.grad_normalize, blocks * count, (*READS, *sums, *WRITES, *names), (self.layout.outer, steps),
             {**self.common, **self.streams, **kernel_tile(tile, self.layout), "CENTER": self.spec.center,
              "DIRECT": direct},
-            tile.warps, {"num_ctas": programs} if programs > 1 else {},
+            tile.warps,
         ))  # fmt: skip
         if not direct and any(names):
             self.take(names, (count * self.columns,) * 2)

@@ -1,4 +1,4 @@
-"""The launches of a forward call: resident, ticketed, split, apply alone; if forced, cluster or cooperative."""
+"""The launches of a forward call: resident, ticketed, split, apply alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from .kernels import ticketed as kt
 from .kernels.activations import ACTIVATIONS
 from .layout import Layout
 from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
-from .plan_cooperative import Together, plan_normalize, together
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
 
@@ -30,15 +29,9 @@ def plan_forward(
     tile = planner.resident_tile()
     if tile is not None:
         return planner.plan("resident", (planner.normalize(tile),))
-    cluster = planner.cluster()
-    if cluster is not None:
-        return planner.plan("cluster", (cluster,))
     tickets = planner.tickets()
     if tickets is not None:
         return planner.ticketed(tickets)
-    found = planner.together()
-    if found is not None:
-        return planner.cooperative(found)
     return planner.split()
 
 
@@ -96,27 +89,12 @@ class _Forward:
                 return None
         return tile
 
-    def cluster(self) -> Launch | None:
-        """An experiment: the resident kernel, its tile spread over programs that reduce together."""
-        limits = self.limits
-        if limits.engine != "cluster" or self.device.capability < (9, 0):
-            return None
-        tile = schedule.whole_groups(
-            self.layout, self.itemsize, self.acc_bytes, schedule.CLUSTER * limits.cluster, limits.tile, 1024,
-            self.operands["POST"] is not ABSENT,
-        )  # fmt: skip
-        if tile is None:
-            return None
-        tile, programs = schedule.clustered(tile, limits.cluster, 1024)
-        return self.normalize(tile, {"num_ctas": programs} if programs > 1 else {})
-
-    def normalize(self, tile: Tile, options: dict[str, Any] | None = None) -> Launch:
+    def normalize(self, tile: Tile) -> Launch:
         return Launch(
             kw.normalize, kept_blocks(self.layout, tile.along_m, tile.columns),
             ("x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "running_mean", "running_var"),
             (self.layout.outer, "eps", "momentum"),
             {**self.moments(self.layout), **self.inputs, **self.out, **kernel_tile(tile, self.layout)}, tile.warps,
-            options or {},
         )  # fmt: skip
 
     # Ticketed
@@ -146,22 +124,6 @@ class _Forward:
             tile.warps,
         )  # fmt: skip
         return self.plan("ticketed", (launch,), self.partials(tickets.rows(tickets.tiles)), tickets.words)
-
-    # Cooperative
-
-    def together(self) -> Together | None:
-        if self.limits.engine != "cooperative":
-            return None
-        return together(
-            self.layout, self.itemsize, self.acc_bytes, self.limits.cooperative_tile,
-            self.operands["POST"] is not ABSENT or (self.layout.fold > 1 and self.spec.activation != "identity"),
-            self.limits.rows, self.device,
-        )  # fmt: skip
-
-    def cooperative(self, found: Together) -> Plan:
-        constants = {**self.moments(self.layout), **self.inputs, **self.out}
-        launch, scratch = plan_normalize(self.layout, found, self.spec.center, constants)
-        return self.plan("cooperative", (launch,), scratch, found.words)
 
     # Split
 

@@ -48,8 +48,7 @@ KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI3
 class Limits:
     """Sizes of tiles in elements of 4 accumulator bytes (half as many for fp64)."""
 
-    # The engine that every call takes, whatever the sizes below say: one of ENGINES or EXPERIMENTS, or "" for the
-    # one that suits.
+    # The engine that every call takes, whatever the sizes below say: one of ENGINES, or "" for the one that suits.
     engine: str = ""
     # Two programs of 16384 elements live on one SM, so that one loads while the other stores; and a call of more than
     # 4 MB has as many of them as nine tenths of an H200's SMs.
@@ -73,12 +72,6 @@ class Limits:
     grad_ticket_tile: int = 4096
     # Bytes that a ticketed launch may read before it comes back to the first of them; 0: Device.window.
     window: int = 0
-    # 64 values of x a thread of a cooperative launch, or 32 of x and of dy: what lives beside them fits 128 registers.
-    cooperative_tile: int = 16384
-    grad_cooperative_tile: int = 8192
-    # Elements of one program of a cluster of them, as many as a resident program of 8 or 16 warps holds.
-    cluster: int = 16384
-    grad_cluster: int = 8192
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
     # so that what a program waits for was begun a whole generation of programs before.
     ahead: int = 4
@@ -93,8 +86,6 @@ class Limits:
 
 
 ENGINES = ("resident", "ticketed", "split")
-EXPERIMENTS = ("cooperative", "cluster")
-"""Engines that a call takes only where they are forced: to be the choice of one, they need measurements."""
 _limits = Limits()
 
 
@@ -102,18 +93,16 @@ def limits() -> Limits:
     return _limits
 
 
-_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "cooperative_tile", "grad_cooperative_tile",
-           "rows", "grad_rows")  # fmt: skip
-_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "cluster": 1,
-          "grad_cluster": 1}  # fmt: skip
+_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "rows", "grad_rows")
+_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0}
 
 
 @contextmanager
 def forced(**changes: Any) -> Iterator[None]:
     """Change limits inside a with-block; ``forced(engine="split")`` splits every group.
 
-    Raises ValueError for an engine that is not among ENGINES and EXPERIMENTS, a tile that is no power of two, and
-    numbers too small to mean anything.
+    Raises ValueError for an engine that is not among ENGINES, a tile that is no power of two, and numbers too small to
+    mean anything.
     """
     global _limits
     for name, value in changes.items():
@@ -121,9 +110,8 @@ def forced(**changes: Any) -> Iterator[None]:
             raise ValueError(f"{name} must be a power of 2, got {value}")
         if name in _LEAST and value < _LEAST[name]:
             raise ValueError(f"{name} must be at least {_LEAST[name]}, got {value}")
-    known = (*ENGINES, *EXPERIMENTS)
-    if changes.get("engine", "") not in ("", *known):
-        raise ValueError(f"engine must be one of {', '.join(known)}, got {changes['engine']!r}")
+    if changes.get("engine", "") not in ("", *ENGINES):
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {changes['engine']!r}")
     before, _limits = _limits, replace(_limits, **changes)
     try:
         yield
@@ -192,16 +180,6 @@ def vector(layout: Layout, itemsize: int) -> int:
     if inner is None:
         return 1
     return gcd(16 // itemsize, inner.size, *(abs(run.strides[0]) for run in layout.runs[:-1]))
-
-
-CLUSTER = 8
-"""Programs of a cluster at most: what every device of compute capability 9.0 or higher grants."""
-
-
-def clustered(tile: Tile, each: int, per_warp: int) -> tuple[Tile, int]:
-    """A tile of whole groups for several programs that reduce together, and how many: of `each` elements at most."""
-    programs = next_power_of_2(-(-tile.elements // each))
-    return replace(tile, warps=warps(tile.elements // programs, per_warp)), programs
 
 
 def column_blocks(layout: Layout, itemsize: int) -> list[tuple[int, int]]:

@@ -103,7 +103,7 @@ def points() -> calibrate.Points:
 
 
 def test_points_hold_all_that_a_fit_needs(points: calibrate.Points) -> None:
-    assert len(points.rows) >= 300
+    assert len(points.rows) >= 280
     for row in points.rows:
         assert row["us"] > 0 and row["direction"] in ("forward", "backward") and row["launches"]
         assert all(np.isfinite(demand(launch)).all() for launch in row["launches"])
@@ -115,10 +115,9 @@ def test_what_is_committed_fits_the_points(points: calibrate.Points) -> None:
     """And says how well: 12 % in the median and 35 % for nine of ten are what a prediction is good for."""
     model, fitted = model_of("h100")
     off = np.abs(points.of(model, HARDWARE["h100"]) / points.us - 1)
-    mine = off[[row["engine"] not in calibrate.EXPERIMENTS for row in points.rows]]
-    assert fitted and np.median(mine) < 0.07 and np.quantile(mine, 0.9) < 0.25
+    assert fitted and np.median(off) < 0.07 and np.quantile(off, 0.9) < 0.25
     source = json.loads(CALIBRATED.read_text())["h100"]["source"]
-    assert f"{len(mine)} calls" in source and f"median error {np.median(mine):.1%}" in source
+    assert f"{len(off)} calls" in source and f"median error {np.median(off):.1%}" in source
     for name, value in asdict(model).items():
         low, high = calibrate.RANGES[name]
         assert low <= value <= high, name
@@ -160,11 +159,12 @@ def test_errors_are_told_by_engine_direction_and_size(points: calibrate.Points) 
     assert {"ticketed", "split", "resident", "forward", "backward", "8 to 64 MB"} <= {line[1] for line in lines}
 
 
-def test_files_of_other_devices_and_without_counts_are_passed_over(tmp_path: Path) -> None:
+def test_other_devices_other_engines_and_rows_without_counts_are_passed_over(tmp_path: Path) -> None:
     launches = [PLAIN._asdict()]
     row = {"case": "vit-b", "us": 5.0, "launches": launches, "direction": "forward", "engine": "resident"}
+    others = [row | {"direction": "both"}, row | {"engine": "one of long ago"}]
     files = {
-        "a": {"kind": "points", "machine": {"name": "NVIDIA H100 PCIe"}, "rows": [row, row | {"direction": "both"}]},
+        "a": {"kind": "points", "machine": {"name": "NVIDIA H100 PCIe"}, "rows": [row, *others]},
         "b": {"kind": "points", "machine": {"name": "NVIDIA A100"}, "rows": [row]},
         "c": {"kind": "gpu", "machine": {"name": "NVIDIA H100"}, "timing": [row, {"case": "x", "us": 1.0}]},
         "d": {"schema": 2, "device": "h100", "rows": [row]},

@@ -220,9 +220,7 @@ def test_nothing_without_times(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_limit_is_asked_about_and_the_engines_first() -> None:
     names = [question.name for question in questions(Limits(), H200)]
     assert names[0] == "engine"
-    # Sizes of engines that no call takes by itself.
-    unasked = {"engine", "cooperative_tile", "grad_cooperative_tile", "cluster", "grad_cluster"}
-    assert {*names, *THRESHOLDS} - {"engine"} == set(asdict(Limits())) - unasked
+    assert {*names, *THRESHOLDS} == set(asdict(Limits()))
     todo = tasks(chosen(None), "bf16", 0, Limits(), H200, lambda name: True)
     order = [task.question.name for task in todo]
     assert order == sorted(order, key=names.index) and len({task.key for task in todo}) == len(todo)

@@ -23,8 +23,6 @@ ENGINES = {
     "split": "statistics, their merge and what uses them are launches of their own, which read everything twice",
     "rows": "programs walk over rows and keep sums for dw and db in registers",
     "apply": "sums over groups are given or not needed, so everything is read once",
-    "cooperative": "the programs of a group hold it on chip together and wait for one another",
-    "cluster": "the programs of a cluster hold a group on chip together",
 }
 """Engine -> what it does, see docs/engines.md."""
 
