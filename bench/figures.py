@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
-from normops import cost, schedule
+from normops import schedule
 from normops.plan import Launch
-from normops.testing import Demand, Hardware, Time, VirtualLaunch
+from normops.testing import Demand, Hardware, Time, VirtualLaunch, cost
 from normops.testing.explain import direction
 
 SCHEMA = 2

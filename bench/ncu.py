@@ -1,4 +1,4 @@
-"""Bytes to and from DRAM of every launch, by Nsight Compute, beside what normops.cost predicts.
+"""Bytes to and from DRAM of every launch, by Nsight Compute, beside what normops.testing.cost predicts.
 
 Run as a program (``python -m bench.ncu SPEC…``) it is what ncu watches: calls over rotating inputs, after markers.
 """
@@ -80,8 +80,9 @@ def averaged(calls: Sequence[Sequence[Row]]) -> list[Row]:
 
 
 def predicted(job: Job, shape: tuple[int, ...]) -> dict[str, Row]:
-    """What normops.cost says of each direction."""
-    from normops import cost, testing
+    """What normops.testing.cost says of each direction."""
+    from normops import testing
+    from normops.testing import cost
 
     device = testing.hardware_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     window = L2_WINDOW if device is None else testing.HARDWARE[device].l2_window

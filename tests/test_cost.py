@@ -18,14 +18,14 @@ from triton.runtime import interpreter
 
 from bench import providers, verify
 from bench.cases import CASES, Case
-from normops import cost, launch, schedule
 from normops import functional as F
+from normops import launch, schedule
 from normops.kernels import backward as kb
 from normops.layout import dense_strides
 from normops.plan import Plan, Shapes, Spec, weight_strides
 from normops.plan_backward import plan_backward
 from normops.plan_forward import plan_forward
-from normops.testing import Planned, Traffic, plans, traffic
+from normops.testing import Planned, Traffic, cost, plans, traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -342,8 +342,8 @@ def test_plans_end_with_their_block() -> None:
 def test_plans_of_a_virtual_device() -> None:
     code = """
 import torch
-from normops import cost, functional as F
-from normops.testing import plans, virtual_device
+from normops import functional as F
+from normops.testing import cost, plans, virtual_device
 x, w = torch.randn(4, 8, 3, 3, requires_grad=True), torch.randn(8, requires_grad=True)
 with virtual_device("h200"), plans() as planned:
     for _ in range(2):  # through Triton's binder, then directly

@@ -29,9 +29,9 @@ from bench.figures import (
     worst,
 )
 from normops import functional, testing
-from normops.cost import Moved
 from normops.layout import coalesce, dense_strides
 from normops.plan import Launch
+from normops.testing.cost import Moved
 from normops.testing.machine.code import KINDS
 
 

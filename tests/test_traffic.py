@@ -19,9 +19,9 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from normops import cost, launch, schedule
 from normops import functional as F
-from normops.testing import plans, traffic
+from normops import launch, schedule
+from normops.testing import cost, plans, traffic
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
 

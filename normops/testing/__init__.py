@@ -1,7 +1,7 @@
 """Instruments: bytes that kernels move, and programs at the same time, in Triton's interpreter; what they compile to on
 a named device, what they execute there, and how long that should take.
 
-All work for any Triton kernel, not only for those of normops.
+`explain`, `plans` and the module `cost` are about calls of normops; all others work for any Triton kernel.
 """
 
 from .executed import Executed

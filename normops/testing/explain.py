@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .. import cost, plan
-from ..counting import Moved
+from .. import plan
+from . import cost
+from .counting import Moved
 from .hardware import Hardware
 from .plans import Planned, plans
 from .predict import Demand, Prediction, Time, predict

@@ -28,7 +28,7 @@ class Planned(NamedTuple):
 
     plan: Plan
     itemsizes: dict[str, int]
-    """Operand that was there, workspace included -> bytes of one of its elements, as ``normops.cost`` takes them."""
+    """Operand that was there, workspace included -> bytes of one of its elements, as ``cost`` takes them."""
     nbytes: dict[str, int]
     """Operand -> its bytes."""
     operands: dict[str, Tensor]

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from .kernels import backward as kb
-from .kernels import finish as kf
-from .kernels import forward as kw
-from .kernels import ticketed as kt
-from .plan import Launch, cdiv
+from ..kernels import backward as kb
+from ..kernels import finish as kf
+from ..kernels import forward as kw
+from ..kernels import ticketed as kt
+from ..plan import Launch, cdiv
 
 
 class Moved(NamedTuple):

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..kernels import backward as kb
+from ..kernels import forward as kw
+from ..plan import Plan
 from .counting import KERNELS, Counted, Moved
-from .kernels import backward as kb
-from .kernels import forward as kw
-from .plan import Plan
 
 
 @dataclass(frozen=True)
