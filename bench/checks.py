@@ -19,10 +19,10 @@ from .timing import Job, Row, check, own
 from .verify import schedule_of, shape_of, verify_one
 from .workers import at_work
 
-WAITING = frozenset({"ticketed", "grad_ticketed"})
-"""Names of kernels that wait for other programs of their launch."""
+WAITING = frozenset({"ticketed"})
+"""Engines whose programs wait for others of their launch."""
 REPEATS, REPEATS_WAITING = 50, 1000
-"""Runs that must give the same bits; a kernel that waits can race, and rare orders show only in many."""
+"""Runs that must give the same bits; programs that wait can race, and rare orders show only in many."""
 SAMPLE = ("resnet 64x56 b32", "unet 320x64", "llama 2048")
 """Cases that compute-sanitizer watches, at shrunken shapes."""
 
@@ -75,22 +75,21 @@ def bits(job: Job, inputs: providers.Inputs) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in found.items()}
 
 
-def launched(job: Job, inputs: providers.Inputs) -> set[str]:
-    """Names of the kernels of a call, forward and backward."""
+def engines(job: Job, inputs: providers.Inputs) -> set[str]:
+    """The engines of a call, forward and backward."""
     from normops import testing
 
     with testing.plans() as found:
         providers.results(providers.by_normops(job.case, own(inputs)), inputs)
-    return {launch.kernel.__name__ for planned in found for launch in planned.plan.launches}
+    return {planned.plan.engine for planned in found}
 
 
 def repeat(job: Job, repeats: int = 0) -> Row:
     """The same call again and again in poisoned memory: every result must have the bits of the first."""
     inputs = job.inputs(shape_of(job.case), job.seed)
-    kernels = launched(job, inputs) if WAITING else set()
-    repeats = repeats or (REPEATS_WAITING if kernels & WAITING else REPEATS)
     differ: set[str] = set()
     with poisoned(), schedule_of(job.case):
+        repeats = repeats or (REPEATS_WAITING if engines(job, inputs) & WAITING else REPEATS)
         first = bits(job, own(inputs))
         for _ in range(repeats - 1):
             again = bits(job, own(inputs))

@@ -11,18 +11,15 @@ from math import inf, prod
 from typing import Any
 
 from normops import schedule
+from normops.kernels.norm import first_elements
 from normops.plan import Launch
 from normops.testing import Demand, Hardware, Time, VirtualLaunch, cost
-from normops.testing.explain import direction
+from normops.testing.explain import direction, phase_of
 
 SCHEMA = 2
 OVER_FLOOR, IDLE, LARGE = 1.05, 0.1, 4e6
 """From where on a call counts as wasteful: bytes by floor, share of idle SMs, and how many bytes x must have for it."""
 Row = dict[str, Any]
-
-
-def tile(planned: Launch) -> dict[str, int]:
-    return {name.removeprefix("BLOCK_"): n for name, n in planned.constants.items() if name.startswith("BLOCK_")}
 
 
 def allowed_bits(layout: Any, itemsize: int) -> int:
@@ -39,9 +36,12 @@ def wide_share(accesses: Mapping[tuple[str, int], int], kind: str) -> float | No
 
 
 def narrowest(launch: VirtualLaunch, pointers: Iterable[str]) -> int | None:
-    """Bits of the narrowest access through the pointers named; None where no access can be told to be theirs."""
+    """Bits of the narrowest access through the pointers named; None where no access can be told to be theirs.
+
+    The first elements of groups, which are read one by one beside the tiles, are left out.
+    """
     try:
-        found = [bits for pointer in pointers for _, bits in launch.accesses(pointer)]
+        found = [bits for pointer in pointers for _, bits in launch.accesses(pointer, first_elements)]
     except NotImplementedError:  # no way to tell on this device
         return None
     return min(found, default=None)
@@ -89,10 +89,13 @@ def describe_launch(
     launch: VirtualLaunch, planned: Launch, moved: Mapping[str, cost.Moved], dram_bytes: int, time: Time | None
 ) -> Row:
     """One launch; `moved`: operand -> bytes as ``cost.traffic`` counts them."""
-    streams = {pointer: name for pointer, name in planned.operands.items() if name in cost.STREAMS and name in moved}
+    phase = phase_of(planned)
+    operands = {} if phase is None else planned.operands  # what finishes has to do with streams is a few elements
+    streams = [pointer for pointer, name in operands.items() if name in cost.STREAMS and name in moved]
     idle = max(0.0, 1 - prod(launch.grid) / launch.hardware.facts.num_sms)
     accesses = launch.accesses()
-    return {"kernel": launch.name, "tile": tile(planned), **executed(launch, dram_bytes, time)} | {
+    return {"kernel": launch.name, "phase": phase, "tile": dict(zip("KAS", planned.tile, strict=True))} | {
+        **executed(launch, dram_bytes, time),
         "registers": launch.registers, "spills": launch.spills, "stack": launch.stack, "shared": launch.shared,
         "waves": round(launch.waves, 3), "idle": round(idle, 3), "moved_bytes": sum(map(sum, moved.values())),
         "wide_loads": wide_share(accesses, "load"), "wide_stores": wide_share(accesses, "store"),

@@ -215,7 +215,7 @@ class Run:
                 text = f"FAILED {jobs[index].name}: bits differ in {answer['differ']}, NaN in {answer['nan']}"
                 console.print(text, markup=False, style="red", soft_wrap=True)
         waiting = ", ".join(sorted(checks.WAITING)) or "none"
-        console.print(f"same bits: {sum(r['ok'] for r in rows)} of {len(rows)}; kernels that wait: {waiting}")
+        console.print(f"same bits: {sum(r['ok'] for r in rows)} of {len(rows)}; engines that wait: {waiting}")
 
     def sanitizer(self, until: float) -> None:
         self.content["sanitizer"] = rows = checks.sanitize(self.shell, until - self.budget.clock())

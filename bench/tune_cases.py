@@ -19,13 +19,14 @@ from .timing import Job
 MIB = 1 << 20
 SWEEP_ELEMENTS = 32 * MIB
 """Of x in a call of the sweep: 64 MiB in bf16, more than stays in L2 while sets of inputs rotate."""
-RESIDENT = ("forward", "forward_batch", "backward", "backward_affine")
+RESIDENT = ("forward", "backward", "backward_affine")
 """Limits up to which groups are held on chip."""
 THRESHOLDS = (*RESIDENT, "window")
 """Limits that choose an engine; all other fields are values of one."""
 ALTERNATIVES = {
     "ticket_tile": (0.5, 2), "grad_ticket_tile": (0.5, 2), "tile": (0.5, 2), "grad_tile": (0.5, 2),
-    "ahead": (0.5, 2), "rows": (0.5, 2), "grad_rows": (0.5, 2), "warps_per_sm": (0.5, 2), "fan": (0.5, 2),
+    "ticket_warp": (0.5, 2), "grad_ticket_warp": (0.5, 2),
+    "ahead": (0.5, 2), "rows": (0.5, 2), "warps_per_sm": (0.5, 2), "fan": (0.5, 2),
     "chunks": (0.5, 2), "line_bytes": (0.5, 2),
 }  # fmt: skip
 """Limit -> values to try, as multiples of the one that stands."""

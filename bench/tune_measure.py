@@ -60,14 +60,15 @@ def same(a: Plan, b: Plan) -> bool:
     """Whether two plans launch the same."""
 
     def launches(plan: Plan) -> list[Any]:
-        return [(n.kernel, n.grid, n.pointers, n.scalars, n.constants, n.num_warps) for n in plan.launches]
+        return [(n.kernel, n.grid, n.operands, n.scalars, n.form, n.num_warps) for n in plan.launches]
 
     return launches(a) == launches(b)
 
 
 def needs(task: Task, inputs: providers.Inputs) -> dict[str, Row]:
     """For each direction the limit of its own that decides whether the group is held on chip (`field`), the least value
-    with which it would be (`need`), and the least window with which it would be ticketed; None: not even the largest.
+    with which it would be (`need`), and the least window with which it would be ticketed; None: not even the largest,
+    or rows that no limit decides about.
     """
     found: dict[str, Row] = {direction: {"need": None, "window_need": None} for direction in DIRECTIONS}
     for name, engine, tried in (("need", "resident", NEEDS), ("window_need", "ticketed", WINDOWS)):
@@ -81,8 +82,10 @@ def needs(task: Task, inputs: providers.Inputs) -> dict[str, Row]:
                 break
     layout = plans(task, inputs, {})["forward"].layout
     rows = layout.extent("s") == 1 and layout.extent("a") > 1
-    fields = {"forward": "forward_batch" if layout.runs and layout.runs[0].reduced and layout.kept else "forward",
-              "backward": "backward_affine" if rows else "backward"}  # fmt: skip
+    fields = {"forward": "forward", "backward": "backward_affine" if rows else "backward"}
+    for row in found.values():
+        if row["need"] is not None and row["need"] < layout.group:  # whole rows in pieces, whatever the limit
+            row["need"] = None
     return {d: row | {"field": fields[d], "group": layout.group, "pattern": layout.pattern} for d, row in found.items()}
 
 

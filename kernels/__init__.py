@@ -15,12 +15,15 @@ into those four kinds, the index of an element is four coordinates:
 
 so mean and rstd are indexed by (m, c), w and b by (c, a), and no kernel is named after a norm.
 
-Grammar.  ``SPACE`` is the sizes of the four coordinates, each a tuple of runs from the outermost to the
-innermost in memory; the one size written 0 there is the run-time argument ``N0`` (the batch, usually), so
-that a new batch size compiles nothing.  A capital letter or word for an operand (``X``, ``W``, ``STAT``) is
-its strides in the same shape, ``()`` where it does not vary.  A tile is [BLOCK_K, BLOCK_A, BLOCK_S]; its
-first axis runs along m or along c (``ALONG_M``), whichever lies further inside.  ``mk``, ``ma``, ``ms``
-are masks, ``*_ptr`` pointers, None where the operand is absent.
+Every kernel takes two values (bundles.py): ``o``, its operands, pointers that are None where the operand is absent,
+and ``F``, the form of the call, all that is known when it is compiled; between them numbers of one launch.
+
+Grammar.  ``F.SPACE`` is the sizes of the four coordinates, each a tuple of runs from the outermost to the innermost in
+memory; the one size written 0 there is the run-time argument ``n0`` (the batch, usually), so that a new batch size
+compiles nothing.  A capital letter or word for an operand (``F.X``, ``F.W``, ``F.STAT``) is its strides in the same
+shape, ``()`` where it does not vary.  A tile is [BLOCK_K, BLOCK_A, BLOCK_S], or PIECES such blocks, neighbours along a
+or s; its first axis runs along m or along c (``ALONG_M``), whichever lies further inside.  Where BLOCK_K is 1, what
+there is one of for each group is a number, not a block.
 
 ``FOLD`` = (columns of a group, columns of a block, lanes of its groups, columns that a sum over s stands for:
 1, or those of a group where they share their parameters).  Where a reduced axis is the innermost one and its
@@ -30,11 +33,12 @@ taken by column first, then over the columns of a group (``by_group``).  A fifth
 says how many neighbours along (m, c) share one of its elements.  Elsewhere a group is one column:
 FOLD = (1, BLOCK_K, BLOCK_K, 1).
 
-    forward.py    normalize (a whole group on chip) · statistics · apply
-    backward.py   grad_normalize (a whole group on chip, or given its sums) · grad_statistics · grad_apply
-    ticketed.py   ticketed · grad_ticketed: both passes in one launch, in the order of tickets.py
-    finish.py     finish_statistics · finish_group · finish_affine: partial results, in index order
-    tile.py  moments.py  epilogue.py  activations.py: the pieces they share
+    resident.py     normalize · grad_normalize: a whole group on chip (or rows, given their sums)
+    stream.py       stream: groups that are visited twice, in two launches or in one, in the order of tickets.py
+    grad_stream.py  grad_stream: the same backward
+    finish.py       finish · grad_finish · sum_rows: partial results, in index order
+    norm.py         the formula on a tile: moments, affine map and activation, gradient
+    tile.py  sums.py  elements.py  activations.py  bundles.py: the pieces they share
 """
 
 if __name__ != "normops.kernels":

@@ -1,28 +1,19 @@
-"""Epilogues: pairs of an activation f(z) and its derivative f'(z), chosen by name on the host."""
+"""Epilogues: pairs of an activation f(z) and its derivative f'(z), chosen by name.
+
+They are named in the source of `activation`, not handed to kernels as functions: Triton's cache on disk knows functions
+that stand in a tuple by their names only, and would go on with an old one.
+"""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def identity(z):
-    return z
-
-
-@triton.jit
-def identity_grad(z):
-    return z * 0.0 + 1.0
+from .elements import fast_sigmoid
 
 
 @triton.jit
 def relu(z):
-    # Not maximum(z, 0): that would turn NaN into 0.
-    return tl.where(z < 0.0, 0.0, z)
-
-
-@triton.jit
-def relu_grad(z):
-    return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
+    # NaN stays NaN; before a conversion to a narrow type this is a modifier of it, and costs nothing.
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -43,8 +34,8 @@ def sigmoid(z):
 
 
 @triton.jit
-def sigmoid_grad(z):
-    p = sigmoid(z)
+def sigmoid_grad(p):
+    """of p = sigmoid(z)"""
     return p * (1.0 - p)
 
 
@@ -54,9 +45,9 @@ def silu(z):
 
 
 @triton.jit
-def silu_grad(z):
-    p = sigmoid(z)
-    return p * (1.0 + z * (1.0 - p))
+def silu_grad(z, p):
+    """of z and p = sigmoid(z)"""
+    return (z - z * p) * p + p
 
 
 @triton.jit
@@ -113,14 +104,55 @@ def hardswish_grad(z):
     return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, middle, 1.0)).to(z.dtype)
 
 
-ACTIVATIONS = {
-    "identity": (identity, identity_grad),
-    "relu": (relu, relu_grad),
-    "leaky_relu": (leaky_relu, leaky_relu_grad),
-    "silu": (silu, silu_grad),
-    "gelu": (gelu, gelu_grad),
-    "gelu_tanh": (gelu_tanh, gelu_tanh_grad),
-    "sigmoid": (sigmoid, sigmoid_grad),
-    "tanh": (tanh, tanh_grad),
-    "hardswish": (hardswish, hardswish_grad),
-}
+NAMES = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish")
+
+
+@triton.jit
+def fast(dtype: tl.constexpr, F: tl.constexpr):
+    """Whether what is made of a sigmoid is rounded to 16 bits, so that an approximation of fp32 will do."""
+    return dtype.primitive_bitwidth == 16 and F.ACC == tl.float32
+
+
+@triton.jit
+def activation(z, dtype: tl.constexpr, F: tl.constexpr):
+    """f(z), which is stored as a dtype"""
+    if F.ACT == "relu":
+        z = relu(z)
+    elif F.ACT == "leaky_relu":
+        z = leaky_relu(z)
+    elif F.ACT == "silu":
+        z = z * fast_sigmoid(z, F) if fast(dtype, F) else silu(z)
+    elif F.ACT == "gelu":
+        z = gelu(z)
+    elif F.ACT == "gelu_tanh":
+        z = gelu_tanh(z)
+    elif F.ACT == "sigmoid":
+        z = fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z)
+    elif F.ACT == "tanh":
+        z = tanh(z)
+    elif F.ACT == "hardswish":
+        z = hardswish(z)
+    else:
+        tl.static_assert(F.ACT == "identity")
+    return z
+
+
+@triton.jit
+def activation_grad(z, dtype: tl.constexpr, F: tl.constexpr):
+    """f'(z), which is multiplied by dy, a dtype; that of relu stands in elements.where_negative"""
+    if F.ACT == "leaky_relu":
+        z = leaky_relu_grad(z)
+    elif F.ACT == "silu":
+        z = silu_grad(z, fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z))
+    elif F.ACT == "gelu":
+        z = gelu_grad(z)
+    elif F.ACT == "gelu_tanh":
+        z = gelu_tanh_grad(z)
+    elif F.ACT == "sigmoid":
+        z = sigmoid_grad(fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z))
+    elif F.ACT == "tanh":
+        z = tanh_grad(z)
+    else:
+        tl.static_assert(F.ACT == "hardswish")
+        z = hardswish_grad(z)
+    return z

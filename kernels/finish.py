@@ -1,181 +1,181 @@
-"""Small kernels that combine partial results, always in index order: same input, same bits."""
+"""Partial results combined, always in index order: same input, same bits."""
 
 import triton
 import triton.language as tl
 
-from .epilogue import affine
-from .forward import finish_moments
-from .tile import extent, group_block, group_size, load_shared, number_of_groups, offset, offsets, store
+from .norm import first_elements, keep_moments
+from .sums import sums_along
+from .tile import (
+    extent,
+    group_block,
+    group_size,
+    load_at,
+    load_shared,
+    number_of_groups,
+    offset,
+    offsets,
+    store,
+    zeros,
+)
 
 
 @triton.jit
-def chunk_size(
-    p, chunks_s, steps, SPACE: tl.constexpr, N0, BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, FOLD: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
+def chunk_size(p, chunks_s, steps, n0, F: tl.constexpr):
     """Number of elements in chunk p of a group (0 past the last)."""
-    n_a = tl.minimum(tl.maximum(extent(SPACE, 2, N0) - (p // chunks_s) * BLOCK_A, 0), BLOCK_A)
-    n_s = tl.minimum(extent(SPACE, 3, N0) - (p % chunks_s) * (steps * BLOCK_S), steps * BLOCK_S)
-    PER: tl.constexpr = FOLD[0]
-    return n_a.to(ACC) * n_s.to(ACC) * PER
+    a = F.WIDTH_A
+    s = steps * F.WIDTH_S
+    n_a = tl.minimum(tl.maximum(extent(2, n0, F) - (p // chunks_s) * a, 0), a)
+    n_s = tl.minimum(extent(3, n0, F) - (p % chunks_s) * s, s)
+    PER: tl.constexpr = F.FOLD[0]
+    return n_a.to(F.ACC) * n_s.to(F.ACC) * PER
 
 
 @triton.jit
-def merge_moments(
-    part_mean_ptr, part_m2_ptr, row, first, count_p, n, o, mk, groups, chunks_s, steps,
-    SPACE: tl.constexpr, N0, CENTER: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, FOLD: tl.constexpr,
-):  # fmt: skip
-    """mean[chunk, o], m2[chunk, o] -> mean, m2 of chunks first to first + count_p, n elements in all.
+def of_groups(v, F: tl.constexpr):
+    """[groups, columns, chunks] -> sums of each group: a number, where there is one."""
+    GROUPS: tl.constexpr = F.FOLD[2]
+    if GROUPS == 1:
+        v = tl.sum(v)
+    else:
+        v = tl.sum(tl.sum(v, 2, keep_dims=True), 1, keep_dims=True)
+    return v
 
-    Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  `row`: where the first
-    chunk lies in memory.
+
+@triton.jit
+def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.constexpr):
+    """part_mean, part_m2[chunk, at] -> mean, m2 of chunks first to first + number, n elements in all.
+
+    Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  Means are less the group's
+    first element, so that nothing is lost where they are far from 0.  `row`: where the first chunk lies in memory.
     """
-    GROUPS: tl.constexpr = FOLD[2]
-    p = tl.arange(0, BLOCK_P)[None, None, :]
+    GROUPS: tl.constexpr = F.FOLD[2]
+    groups = number_of_groups(n0, F)
+    p = tl.arange(0, F.BLOCK_P)[None, None, :]
     mean = 0.0
-    if CENTER:
-        t = tl.zeros((GROUPS, 1, BLOCK_P), ACC)
-        for i in range(0, count_p, BLOCK_P):
-            d = load_shared(part_mean_ptr, (row + i + p) * groups + o, mk & (i + p < count_p))
-            t += d * chunk_size(first + i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, FOLD, ACC)
-        mean = tl.sum(t, 2, keep_dims=True) / n
-    t = tl.zeros((GROUPS, 1, BLOCK_P), ACC)
-    for i in range(0, count_p, BLOCK_P):
-        mask = mk & (i + p < count_p)
-        t += load_shared(part_m2_ptr, (row + i + p) * groups + o, mask)
-        if CENTER:
-            d = tl.where(mask, load_shared(part_mean_ptr, (row + i + p) * groups + o, mask) - mean, 0.0)
-            t += d * d * chunk_size(first + i + p, chunks_s, steps, SPACE, N0, BLOCK_A, BLOCK_S, FOLD, ACC)
-    return mean, tl.sum(t, 2, keep_dims=True)
-
-
-@triton.jit(do_not_specialize=["N0", "chunks", "chunks_s", "steps"])
-def finish_statistics(
-    part_mean_ptr, part_m2_ptr, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-    N0, chunks, chunks_s, steps, eps: "fp64", momentum: "fp64",
-    SPACE: tl.constexpr, STAT: tl.constexpr, CENTER: tl.constexpr, ACC: tl.constexpr, ALONG_M: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """mean[chunk, m, c], m2[chunk, m, c] -> mean[m, c], rstd[m, c], running statistics[c]"""
-    m, c, mk = group_block(tl.program_id(0), SPACE, N0, ALONG_M, FOLD, WIDE)
-    o = offsets((m, c, 0, 0), SPACE, STAT)
-    n = group_size(SPACE, N0, FOLD, ACC)
-    mean, m2 = merge_moments(
-        part_mean_ptr, part_m2_ptr, 0, 0, chunks, n, o, mk, number_of_groups(SPACE, N0, FOLD), chunks_s, steps,
-        SPACE, N0, CENTER, ACC, BLOCK_A, BLOCK_S, BLOCK_P, FOLD,
-    )  # fmt: skip
-    finish_moments(
-        mean, m2 / n, n, m, c, mk, mean_ptr, rstd_ptr, running_mean_ptr, running_var_ptr,
-        N0, eps, momentum, SPACE, STAT, ACC, FOLD,
-    )  # fmt: skip
+    if F.CENTER:
+        t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
+        for i in range(0, number, F.BLOCK_P):
+            d = load_shared(o.part_mean, (row + i + p) * groups + at, mk & (i + p < number))
+            t += d * chunk_size(first + i + p, chunks_s, steps, n0, F)
+        mean = of_groups(t, F) / n
+    t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
+    for i in range(0, number, F.BLOCK_P):
+        mask = mk & (i + p < number)
+        t += load_shared(o.part_m2, (row + i + p) * groups + at, mask)
+        if F.CENTER:
+            d = tl.where(mask, load_shared(o.part_mean, (row + i + p) * groups + at, mask) - mean, 0.0)
+            t += d * d * chunk_size(first + i + p, chunks_s, steps, n0, F)
+    return mean, of_groups(t, F)
 
 
 @triton.jit
-def merge_sums(
-    p1_ptr, p0_ptr, row, count_p, o, mask, columns, BOTH: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """p1, p0[chunk, o] -> their sums over count_p chunks, the first of which is `row`."""
-    p = tl.arange(0, BLOCK_P)[None, None, :]
-    t1 = tl.zeros((BLOCK_K, BLOCK_A, BLOCK_P), ACC)
-    t0 = tl.zeros((BLOCK_K, BLOCK_A, BLOCK_P), ACC)
-    for i in range(0, count_p, BLOCK_P):
-        q = (row + i + p) * columns + o
-        here = mask & (i + p < count_p)
-        t1 += load_shared(p1_ptr, q, here)
-        if BOTH:
-            t0 += load_shared(p0_ptr, q, here)
-    return tl.sum(t1, 2, keep_dims=True), tl.sum(t0, 2, keep_dims=True)
+def finish_groups(o, block, row, number, chunks_s, steps, n0, eps, momentum, F: tl.constexpr):
+    """mean, rstd and the running statistics of a block of groups from all their chunks."""
+    m, c, mk = group_block(block, n0, F)
+    n = group_size(n0, F)
+    at = offsets((m, c, 0, 0), F.STAT, F)
+    mean, m2 = merge_moments(o, at, mk, row, 0, number, n, chunks_s, steps, n0, F)
+    if F.CENTER:
+        mean += first_elements(o, m, c, mk, F)
+    keep_moments(o, mean, m2 / n, m, c, mk, n0, eps, momentum, F)
+
+
+@triton.jit(do_not_specialize=["n0", "steps"])
+def finish(o, n0, steps, eps: "fp64", momentum: "fp64", F: tl.constexpr):
+    """part_mean[chunk, m, c], part_m2[chunk, m, c] -> mean[m, c], rstd[m, c], running statistics[c]"""
+    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps)
+    chunks = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
+    finish_groups(o, tl.program_id(0), 0, chunks, chunks_s, steps, n0, eps, momentum, F)
 
 
 @triton.jit
-def merge_group(
-    p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, row, chunks, m, c, mk,
-    SPACE: tl.constexpr, N0, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr, DIRECT: tl.constexpr,
-    ACC: tl.constexpr, ALONG_M: tl.constexpr, FOLD: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
+def merge_sums(o, row, number, at, mask, columns, K: tl.constexpr, A: tl.constexpr, F: tl.constexpr):
+    """p1, p0[chunk, at] -> their sums over `number` chunks, the first of which is `row`."""
+    p = tl.arange(0, F.BLOCK_P)[None, None, :]
+    t1 = zeros(K, A, F.BLOCK_P, F.ACC)
+    t0 = zeros(K, A, F.BLOCK_P, F.ACC)
+    for i in range(0, number, F.BLOCK_P):
+        q = (row + i + p) * columns + at
+        here = mask & (i + p < number)
+        t1 += load_shared(o.p1, q, here)
+        if o.p0 is not None:
+            t0 += load_shared(o.p0, q, here)
+    return sums_along(t1, t0, 2, F)
+
+
+@triton.jit
+def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
     """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|;
     dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a]) = sum over chunk of p.
 
-    A: extent of a in p, which may be the columns of a group.
+    F.A: extent of a in p, which may be the columns of a group.
     """
-    PER: tl.constexpr = FOLD[0]
-    GROUPS: tl.constexpr = FOLD[2]
-    groups = number_of_groups(SPACE, N0, FOLD)
-    n = group_size(SPACE, N0, FOLD, ACC)
-    BOTH: tl.constexpr = p0_ptr is not None
-    c1 = tl.zeros((GROUPS, 1, 1), ACC)
-    c0 = tl.zeros((GROUPS, 1, 1), ACC)
-    for i in range(0, A, BLOCK_A):
-        a = (i + tl.arange(0, BLOCK_A))[None, :, None]
-        ma = a < A
+    PER: tl.constexpr = F.FOLD[0]
+    GROUPS: tl.constexpr = F.FOLD[2]
+    m, c, mk = group_block(block, n0, F)
+    groups = number_of_groups(n0, F)
+    n = group_size(n0, F)
+    c1 = zeros(GROUPS, F.MERGE_A, 1, F.ACC)
+    c0 = zeros(GROUPS, F.MERGE_A, 1, F.ACC)
+    for i in range(0, F.A, F.MERGE_A):
+        a = (i + tl.arange(0, F.MERGE_A))[None, :, None]
+        ma = a < F.A
         mask = mk & ma
-        column = (m * extent(SPACE, 1, N0) + c) // PER * A + a
-        t1, t0 = merge_sums(p1_ptr, p0_ptr, row, chunks, column, mask, groups * A, BOTH, ACC, GROUPS, BLOCK_A, BLOCK_P)
-        if PER > 1 and A > 1:  # the a of p are columns of c
+        column = (m * extent(1, n0, F) + c) // PER * F.A + a
+        t1, t0 = merge_sums(o, row, chunks, column, mask, groups * F.A, GROUPS, F.MERGE_A, F)
+        if PER > 1 and F.A > 1:  # the a of p are columns of c
             at = (m, c + a, 0, 0)
             wmask = mask
         else:
             at = (m, c, a, 0)
-            wmask = ma if ALONG_M else mask
-        if DIRECT:
-            o = offsets((0, at[1], at[2], 0), SPACE, W)
+            wmask = ma if F.ALONG_M else mask
+        if F.DIRECT:
+            q = offsets((0, at[1], at[2], 0), F.W, F)
         else:
-            o = column
-        if dw_ptr is not None:
-            store(dw_ptr, o, t1, mask)
-        if db_ptr is not None:
-            store(db_ptr, o, t0, mask)
-        if c1_ptr is not None:
-            c1 += tl.sum(affine(t1, w_ptr, None, at, wmask, SPACE, W, ACC), 1, keep_dims=True)
-            if BOTH:
-                c0 += tl.sum(affine(t0, w_ptr, None, at, wmask, SPACE, W, ACC), 1, keep_dims=True)
-    o = offsets((m, c, 0, 0), SPACE, STAT)
-    if c1_ptr is not None:
-        tl.store(c1_ptr + o, c1 / n, mask=mk)
-    if c0_ptr is not None:
-        tl.store(c0_ptr + o, c0 / n, mask=mk)
+            q = column
+        if o.dw is not None:
+            store(o.dw, q, t1, mask)
+        if o.db is not None:
+            store(o.db, q, t0, mask)
+        if o.c1 is not None:
+            if o.w is not None:
+                w = load_at(o.w, at, F.W, wmask, F)
+                t1 = t1 * w
+                t0 = t0 * w
+            c1 += t1
+            c0 += t0
+    q = offsets((m, c, 0, 0), F.STAT, F)
+    if o.c1 is not None:
+        tl.store(o.c1 + q, of_groups(c1, F) / n, mask=mk)
+    if o.c0 is not None:
+        tl.store(o.c0 + q, of_groups(c0, F) / n, mask=mk)
 
 
-@triton.jit(do_not_specialize=["N0", "chunks"])
-def finish_group(
-    p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr,
-    N0, chunks,
-    SPACE: tl.constexpr, W: tl.constexpr, STAT: tl.constexpr, A: tl.constexpr, DIRECT: tl.constexpr,
-    ACC: tl.constexpr, ALONG_M: tl.constexpr, FOLD: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_P: tl.constexpr,
-    WIDE: tl.constexpr,
-):  # fmt: skip
+@triton.jit(do_not_specialize=["n0", "chunks"])
+def grad_finish(o, n0, chunks, F: tl.constexpr):
     """merge_group() for each block of groups: one read of the partial results gives c1, c0 and dw, db."""
-    m, c, mk = group_block(tl.program_id(0), SPACE, N0, ALONG_M, FOLD, WIDE)
-    merge_group(
-        p1_ptr, p0_ptr, w_ptr, c1_ptr, c0_ptr, dw_ptr, db_ptr, 0, chunks, m, c, mk,
-        SPACE, N0, W, STAT, A, DIRECT, ACC, ALONG_M, FOLD, BLOCK_A, BLOCK_P,
-    )  # fmt: skip
+    merge_group(o, tl.program_id(0), 0, chunks, n0, F)
 
 
-@triton.jit(do_not_specialize=["N0", "rows"])
-def finish_affine(
-    p1_ptr, p0_ptr, dw_ptr, db_ptr,
-    N0, rows,
-    SPACE: tl.constexpr, W: tl.constexpr, ACC: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_I: tl.constexpr,
-):  # fmt: skip
-    """p1, p0[row, c, a] -> dw, db[c, a] = sum over rows, each tile [BLOCK_J, BLOCK_I] of (row, (c, a))."""
-    i = (tl.program_id(0) * BLOCK_I + tl.arange(0, BLOCK_I))[None, :]
-    n_a = extent(SPACE, 2, N0)
-    columns = extent(SPACE, 1, N0) * n_a
-    o = offset(i // n_a, SPACE, W, 1) + offset(i % n_a, SPACE, W, 2)
-    t1 = tl.zeros((BLOCK_J, BLOCK_I), ACC)
-    t0 = tl.zeros((BLOCK_J, BLOCK_I), ACC)
-    for row in range(0, rows, BLOCK_J):
-        j = row + tl.arange(0, BLOCK_J)[:, None]
+@triton.jit(do_not_specialize=["n0", "rows"])
+def sum_rows(o, n0, rows, F: tl.constexpr):
+    """p1, p0[row, c, a] -> dw, db[c, a] = sum over rows: BLOCK_A columns a program, BLOCK_P rows at a time."""
+    i = (tl.program_id(0) * F.BLOCK_A + tl.arange(0, F.BLOCK_A))[None, None, :]
+    n_a = extent(2, n0, F)
+    columns = extent(1, n0, F) * n_a
+    at = offset(i // n_a, F.W, 1, F) + offset(i % n_a, F.W, 2, F)
+    t1 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
+    t0 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
+    for row in range(0, rows, F.BLOCK_P):
+        j = row + tl.arange(0, F.BLOCK_P)[None, :, None]
         mask = (j < rows) & (i < columns)
         q = j.to(tl.int64) * columns + i
-        if dw_ptr is not None:
-            t1 += tl.load(p1_ptr + q, mask=mask, other=0.0)
-        if db_ptr is not None:
-            t0 += tl.load(p0_ptr + q, mask=mask, other=0.0)
-    if dw_ptr is not None:
-        store(dw_ptr, o, tl.sum(t1, 0, keep_dims=True), i < columns)
-    if db_ptr is not None:
-        store(db_ptr, o, tl.sum(t0, 0, keep_dims=True), i < columns)
+        if o.dw is not None:
+            t1 += tl.load(o.p1 + q, mask=mask, other=0.0)
+        if o.db is not None:
+            t0 += tl.load(o.p0 + q, mask=mask, other=0.0)
+    t1, t0 = sums_along(t1, t0, 1, F)
+    if o.dw is not None:
+        store(o.dw, at, t1, i < columns)
+    if o.db is not None:
+        store(o.db, at, t0, i < columns)

@@ -1,13 +1,14 @@
 """The protocol of a launch whose programs wait for one another.  docs/ticketed.md argues why it is safe.
 
 A launch visits each of its tiles twice: once for statistics, once to apply them.  Its programs draw tickets, and what a
-program does follows from its ticket alone: the first `lead` tickets are statistics of the first tiles, then come, in
-turn, the tile to apply next and the statistics of the one `lead` tiles further, at last the applies that are left.  A
-*unit* is the tiles whose statistics belong together; `lead` is at least the tiles of one, so a program that applies
-waits only for tickets drawn before its own.
+program does follows from its ticket t alone (``pair``): the statistics of tile t, and then the apply of tile t - lead;
+the first `lead` tickets have no tile to apply, the last `lead` no statistics.  A *unit* is the tiles whose statistics
+belong together.  An apply waits until its unit is published, which is what the program does whose statistics are the
+last of the unit to arrive.  `lead` is at least the tiles of a unit, so all that an apply waits for was drawn before
+it, and a program has done its own statistics before it waits: nobody waits for a ticket that is not drawn yet.
 
-    words of tickets_ptr      [0] the next ticket      [32 + unit] its state      [32 + units + ...] blocks of chunks
-    state of a unit           0 ... n: arrivals of statistics      n + 1 ... n + 1 + tiles: published, and applies done
+    words of o.tickets    [0] the next ticket      [32 + unit] its state      [32 + units + ...] blocks of chunks
+    state of a unit       0 ... n: arrivals of statistics      n + 1 ... n + 1 + tiles: published, and applies done
 
 Every word is 0 again when a launch ends.
 """
@@ -29,15 +30,13 @@ def draw(tickets_ptr):
 
 
 @triton.jit
-def turn(ticket, lead):
-    """(whether the ticket applies, its tile)"""
-    tiles = tl.num_programs(0) // 2
-    i = ticket - lead
-    paired = (i >= 0) & (i < 2 * (tiles - lead))
-    ends = i >= 2 * (tiles - lead)
-    applies = ends | (paired & (i % 2 == 0))
-    tile = tl.where(ends, ticket - tiles, tl.where(paired, tl.where(i % 2 == 0, i // 2, lead + i // 2), ticket))
-    return applies, tile
+def pair(ticket, lead):
+    """(whether a ticket does statistics, the tile of these; whether it applies, the tile that it applies).
+
+    Tiles of what it does not do are some that there are.
+    """
+    last = tl.num_programs(0) - lead - 1
+    return ticket <= last, tl.minimum(ticket, last), ticket >= lead, tl.maximum(ticket - lead, 0)
 
 
 @triton.jit
@@ -57,17 +56,38 @@ def publish(word_ptr):
 
 
 @triton.jit
-def wait(word_ptr, expected):
-    """Until a unit of `expected` arrivals is published."""
-    # Adding 0 is a load with acquire semantics: Triton has no other.
-    while tl.atomic_add(word_ptr, 0, sem="acquire") <= expected:
-        pass
-    tl.debug_barrier()
+def acquired(word_ptr, F: tl.constexpr):
+    """The state of a unit; what was stored before it became that can then be loaded."""
+    if F.PTX:  # by every thread for itself: no barrier, and no way through shared memory
+        state = tl.inline_asm_elementwise(
+            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [word_ptr], dtype=tl.int32, is_pure=False, pack=1
+        )
+    else:  # adding 0 is a load with acquire semantics: Triton has no other
+        state = tl.atomic_add(word_ptr, 0, sem="acquire")
+    return state
 
 
 @triton.jit
-def leave(word_ptr, expected, tiles):
+def wait(word_ptr, expected, F: tl.constexpr):
+    """Until a unit of `expected` arrivals is published."""
+    while acquired(word_ptr, F) <= expected:
+        pass
+    if not F.PTX:
+        tl.debug_barrier()
+
+
+@triton.jit
+def leave(word_ptr, expected, tiles, F: tl.constexpr):
     """The last of the `tiles` applies of a unit puts its state back to 0."""
-    before = tl.atomic_add(word_ptr, 1, sem="relaxed")
-    if before == expected + tiles:
-        tl.atomic_xchg(word_ptr, 0, sem="relaxed")
+    if F.PTX:
+        tl.debug_barrier()  # every thread waits for itself, and a slow one is not to see the 0
+        # Counts up to expected + tiles, and then from 0.
+        tl.inline_asm_elementwise(
+            "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
+            " @first red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r", [word_ptr, expected + tiles], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        before = tl.atomic_add(word_ptr, 1, sem="relaxed")
+        if before == expected + tiles:
+            tl.atomic_xchg(word_ptr, 0, sem="relaxed")

@@ -1,5 +1,7 @@
 """Addressing: coordinates of a tile, their masks, and where an operand's elements lie."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -9,19 +11,36 @@ EVICT_FIRST = tl.constexpr("evict_first")
 ANY = tl.constexpr("")
 
 
+class Tile(NamedTuple):
+    """A tile: PIECES neighbours [BLOCK_K, BLOCK_A, BLOCK_S] along a or along s, of which this places the first."""
+
+    at: Any
+    """m, c, a, s; the kept coordinate that the tile does not run along is a scalar."""
+    mk: Any
+    """Which kept points there are."""
+    n_a: Any
+    """Where a ends, and s."""
+    n_s: Any
+
+
+@triton.jit
+def zeros(K: tl.constexpr, A: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.zeros((K, A, S), DTYPE)
+
+
 @triton.jit
 def times(n, SIZE: tl.constexpr):
     return n * SIZE
 
 
 @triton.jit
-def extent(SPACE: tl.constexpr, AXIS: tl.constexpr, N0):
-    """Number of points along coordinate AXIS (0 to 3: m, c, a, s); the size written 0 is N0."""
+def extent(AXIS: tl.constexpr, n0, F: tl.constexpr):
+    """Number of points along coordinate AXIS (0 to 3: m, c, a, s); the size written 0 is n0."""
     # Elements of a nested tuple are constexpr again only once they are declared so: by a name, or, in a loop, whose
     # names cannot be declared twice, by the parameter of a function.
-    SIZES: tl.constexpr = SPACE[AXIS]
+    SIZES: tl.constexpr = F.SPACE[AXIS]
     if SIZES[0] == 0:
-        n = N0
+        n = n0
     else:
         OUTER: tl.constexpr = SIZES[0]
         n = OUTER
@@ -37,9 +56,9 @@ def out_of_run(o, i, SIZE: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, AXIS: tl.constexpr):
+def offset(i, STRIDES: tl.constexpr, AXIS: tl.constexpr, F: tl.constexpr):
     """Where point i along coordinate AXIS lies in an operand; 0 where the operand does not vary."""
-    SIZES: tl.constexpr = SPACE[AXIS]
+    SIZES: tl.constexpr = F.SPACE[AXIS]
     STEPS: tl.constexpr = STRIDES[AXIS]
     if len(STEPS) == 0:
         o = 0
@@ -56,7 +75,7 @@ def offset(i, SPACE: tl.constexpr, STRIDES: tl.constexpr, AXIS: tl.constexpr):
 
 
 @triton.jit
-def offsets(at, SPACE: tl.constexpr, STRIDES: tl.constexpr):
+def offsets(at, STRIDES: tl.constexpr, F: tl.constexpr):
     """Where the elements at (m, c, a, s) lie in an operand; STRIDES[4]: how many neighbours along m, c share one."""
     m = at[0]
     c = at[1]
@@ -68,130 +87,230 @@ def offsets(at, SPACE: tl.constexpr, STRIDES: tl.constexpr):
             m = m // SHARED_M
         if SHARED_C > 1:
             c = c // SHARED_C
-    return (
-        offset(m, SPACE, STRIDES, 0)
-        + offset(c, SPACE, STRIDES, 1)
-        + offset(at[2], SPACE, STRIDES, 2)
-        + offset(at[3], SPACE, STRIDES, 3)
-    )
+    kept_offset = offset(m, STRIDES, 0, F) + offset(c, STRIDES, 1, F)
+    return kept_offset + offset(at[2], STRIDES, 2, F) + offset(at[3], STRIDES, 3, F)
 
 
 @triton.jit
-def lanes(start, BLOCK: tl.constexpr, WIDE: tl.constexpr, STEP: tl.constexpr = 1):
+def widened(i, F: tl.constexpr):
+    return i.to(tl.int64) if F.WIDE else i
+
+
+@triton.jit
+def lanes(start, BLOCK: tl.constexpr, F: tl.constexpr, STEP: tl.constexpr = 1):
     """start, start + STEP, ...: 64-bit where an operand's offsets need it."""
-    i = tl.arange(0, BLOCK) * STEP
-    if WIDE:
-        i = i.to(tl.int64)
-    return start + i
+    return start + widened(tl.arange(0, BLOCK) * STEP, F)
 
 
 @triton.jit
-def widened(i, WIDE: tl.constexpr):
-    return i.to(tl.int64) if WIDE else i
+def kept(m_start, c_start, n0, F: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr = 1):
+    """m, c and their mask for LANES columns, STEP apart; the coordinate that tiles do not run along is a scalar.
 
-
-@triton.jit
-def kept(
-    m_start, c_start, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
-    COLUMNS: tl.constexpr, STEP: tl.constexpr = 1,
-):  # fmt: skip
-    """m, c and their mask for the first axis of a tile; the coordinate it does not run along is a scalar.
-
-    Of the BLOCK_K lanes, STEP apart, those inside the first COLUMNS count.
+    So is everything else that belongs to a single column: a program then needs no layout and no barrier for it.
     """
-    if ALONG_M:
-        m = lanes(m_start, BLOCK_K, WIDE, STEP)[:, None, None]
+    COLUMNS: tl.constexpr = F.FOLD[1]
+    if LANES == 1:
+        m = m_start
         c = c_start
-        mk = m < extent(SPACE, 0, N0)
+        mk = (m < extent(0, n0, F)) & (c < extent(1, n0, F))
+    elif F.ALONG_M:
+        m = lanes(m_start, LANES, F, STEP)[:, None, None]
+        c = c_start
+        mk = m < extent(0, n0, F)
     else:
         m = m_start
-        c = lanes(c_start, BLOCK_K, WIDE, STEP)[:, None, None]
-        mk = c < extent(SPACE, 1, N0)
-    if COLUMNS < BLOCK_K * STEP:
-        mk = mk & (lanes(0, BLOCK_K, False, STEP)[:, None, None] < COLUMNS)
+        c = lanes(c_start, LANES, F, STEP)[:, None, None]
+        mk = c < extent(1, n0, F)
+    if COLUMNS < LANES * STEP:
+        mk = mk & ((tl.arange(0, LANES) * STEP)[:, None, None] < COLUMNS)
     return m, c, mk
 
 
 @triton.jit
-def block_starts(i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+def block_starts(i, n0, F: tl.constexpr):
     """Where the i-th block begins along m and c; blocks are counted along the tile's axis first."""
-    i = widened(i, WIDE)
-    if ALONG_M:
-        inside = tl.cdiv(extent(SPACE, 0, N0), COLUMNS)
+    COLUMNS: tl.constexpr = F.FOLD[1]
+    i = widened(i, F)
+    if F.ALONG_M:
+        inside = tl.cdiv(extent(0, n0, F), COLUMNS)
         m_start = (i % inside) * COLUMNS
         c_start = i // inside
     else:
-        inside = tl.cdiv(extent(SPACE, 1, N0), COLUMNS)
+        inside = tl.cdiv(extent(1, n0, F), COLUMNS)
         m_start = i // inside
         c_start = (i % inside) * COLUMNS
     return m_start, c_start
 
 
 @triton.jit
-def kept_blocks(SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
+def kept_blocks(n0, F: tl.constexpr):
     """How many blocks there are, as block_starts() counts them."""
-    COLUMNS: tl.constexpr = FOLD[1]
-    if ALONG_M:
-        n = tl.cdiv(extent(SPACE, 0, N0), COLUMNS) * extent(SPACE, 1, N0)
+    COLUMNS: tl.constexpr = F.FOLD[1]
+    if F.ALONG_M:
+        n = tl.cdiv(extent(0, n0, F), COLUMNS) * extent(1, n0, F)
     else:
-        n = tl.cdiv(extent(SPACE, 1, N0), COLUMNS) * extent(SPACE, 0, N0)
+        n = tl.cdiv(extent(1, n0, F), COLUMNS) * extent(0, n0, F)
     return n
 
 
 @triton.jit
-def kept_block(
-    i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, BLOCK_K: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr
-):
-    """kept() of the i-th block: its columns, all of one group or of several (see FOLD in kernels/__init__.py)."""
-    COLUMNS: tl.constexpr = FOLD[1]
-    m_start, c_start = block_starts(i, SPACE, N0, ALONG_M, COLUMNS, WIDE)
-    return kept(m_start, c_start, SPACE, N0, ALONG_M, BLOCK_K, WIDE, COLUMNS)
-
-
-@triton.jit
-def group_block(i, SPACE: tl.constexpr, N0, ALONG_M: tl.constexpr, FOLD: tl.constexpr, WIDE: tl.constexpr):
+def group_block(i, n0, F: tl.constexpr):
     """kept() of the i-th block: the first column of each of its groups."""
-    COLUMNS: tl.constexpr = FOLD[1]
-    STEP: tl.constexpr = FOLD[0]
-    GROUPS: tl.constexpr = FOLD[2]
-    m_start, c_start = block_starts(i, SPACE, N0, ALONG_M, COLUMNS, WIDE)
-    return kept(m_start, c_start, SPACE, N0, ALONG_M, GROUPS, WIDE, COLUMNS, STEP)
+    PER: tl.constexpr = F.FOLD[0]
+    GROUPS: tl.constexpr = F.FOLD[2]
+    m_start, c_start = block_starts(i, n0, F)
+    return kept(m_start, c_start, n0, F, GROUPS, PER)
 
 
 @triton.jit
-def first_columns(m, c, mk, ALONG_M: tl.constexpr, FOLD: tl.constexpr):
-    """Those of a tile's lanes that stand for their group."""
-    PER: tl.constexpr = FOLD[0]
+def first_columns(t, F: tl.constexpr):
+    """Those of a tile's columns that stand for their group."""
+    PER: tl.constexpr = F.FOLD[0]
+    mk = t.mk
     if PER > 1:
-        mk = mk & ((m if ALONG_M else c) % PER == 0)
+        mk = mk & (t.at[0 if F.ALONG_M else 1] % PER == 0)
     return mk
 
 
 @triton.jit
-def reduced_a(start, SPACE: tl.constexpr, N0, BLOCK_A: tl.constexpr, WIDE: tl.constexpr):
-    a = lanes(start, BLOCK_A, WIDE)[None, :, None]
-    return a, a < extent(SPACE, 2, N0)
+def both(p, q):
+    """Both masks, either of which may be None."""
+    if p is None:
+        r = q
+    elif q is None:
+        r = p
+    else:
+        r = p & q
+    return r
 
 
 @triton.jit
-def reduced_s(start, SPACE: tl.constexpr, N0, BLOCK_S: tl.constexpr, WIDE: tl.constexpr):
-    s = lanes(start, BLOCK_S, WIDE)[None, None, :]
-    return s, s < extent(SPACE, 3, N0)
+def tile_at(m, c, mk, a_start, s_start, n0, F: tl.constexpr):
+    """The tile of these kept points that begins at a_start and s_start."""
+    a = lanes(a_start, F.BLOCK_A, F)[None, :, None]
+    s = lanes(s_start, F.BLOCK_S, F)[None, None, :]
+    return Tile(at=(m, c, a, s), mk=mk, n_a=extent(2, n0, F), n_s=extent(3, n0, F))
 
 
 @triton.jit
-def load(ptr, o, mask, ACC: tl.constexpr, KEEP: tl.constexpr = ANY):
-    """Elements at offsets o, 0 outside the mask; o may be smaller than the mask where the operand does not vary.
+def tile_of(block, block_a, block_s, n0, F: tl.constexpr):
+    """The tile of the block-th block of groups, the block_a-th along a and the block_s-th along s."""
+    m_start, c_start = block_starts(block, n0, F)
+    m, c, mk = kept(m_start, c_start, n0, F, F.BLOCK_K)
+    return tile_at(m, c, mk, block_a * F.WIDTH_A, block_s * F.WIDTH_S, n0, F)
+
+
+@triton.jit
+def coordinates(t, PIECE: tl.constexpr, F: tl.constexpr):
+    """m, c, a, s of a piece."""
+    if F.PIECES_A:
+        at = (t.at[0], t.at[1], t.at[2] + PIECE * F.BLOCK_A, t.at[3])
+    else:
+        at = (t.at[0], t.at[1], t.at[2], t.at[3] + PIECE * F.BLOCK_S)
+    return at
+
+
+@triton.jit
+def mask_a(t, PIECE: tl.constexpr, F: tl.constexpr):
+    """Which points of a a piece holds; None where all of them are there."""
+    return None if F.FULL_A > PIECE else coordinates(t, PIECE, F)[2] < t.n_a
+
+
+@triton.jit
+def mask_of(t, PIECE: tl.constexpr, F: tl.constexpr):
+    """Which elements of a piece there are."""
+    ms = None if F.FULL_S > PIECE else coordinates(t, PIECE, F)[3] < t.n_s
+    return both(both(None if F.FULL_K else t.mk, mask_a(t, PIECE, F)), ms)
+
+
+@triton.jit
+def mask_parameters(t, PIECE: tl.constexpr, F: tl.constexpr):
+    return both(None if F.FULL_K or F.ALONG_M else t.mk, mask_a(t, PIECE, F))
+
+
+@triton.jit
+def place(i, chunks_s, n0, F: tl.constexpr):
+    """The i-th tile or chunk -> block of groups, block of a, chunk of s.
+
+    They are counted along the innermost axis in memory first: KEPT_FIRST says that it is a kept one.
+    """
+    chunks = tl.cdiv(extent(2, n0, F), F.WIDTH_A) * chunks_s
+    if F.KEPT_FIRST:
+        blocks = kept_blocks(n0, F)
+        block = i % blocks
+        chunk = i // blocks
+    else:
+        block = i // chunks
+        chunk = i % chunks
+    return block, chunk // chunks_s, chunk % chunks_s
+
+
+@triton.jit
+def pointers(ptr, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr):
+    """Where the elements of a piece lie: at a constant distance from the first piece's, where there is one."""
+    STEPS: tl.constexpr = STRIDES[2 if F.PIECES_A else 3]
+    if len(STEPS) == 1:
+        DISTANCE: tl.constexpr = STEPS[0] * PIECE * (F.BLOCK_A if F.PIECES_A else F.BLOCK_S)
+        p = (ptr + offsets(t.at, STRIDES, F)) + DISTANCE
+    else:
+        p = ptr + offsets(coordinates(t, PIECE, F), STRIDES, F)
+    return p
+
+
+@triton.jit
+def load(ptr, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
+    """Elements of a piece as they are in memory, 0 outside.
 
     KEEP: EVICT_LAST, EVICT_FIRST or ANY.
     """
-    p, m = tl.broadcast(ptr + o, mask)
-    return tl.load(p, mask=m, other=0.0, eviction_policy=KEEP).to(ACC)
+    p = pointers(ptr, t, PIECE, STRIDES, F)
+    # Where the operand does not vary, too, there is one for each lane.
+    p, _ = tl.broadcast(p, zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, tl.int1))
+    mask = mask_of(t, PIECE, F)
+    if mask is None:
+        v = tl.load(p, eviction_policy=KEEP)
+    else:
+        p, mask = tl.broadcast(p, mask)
+        v = tl.load(p, mask=mask, other=0.0, eviction_policy=KEEP)
+    return v
+
+
+@triton.jit
+def save(ptr, value, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
+    """Store the elements of a piece."""
+    store(pointers(ptr, t, PIECE, STRIDES, F), 0, value, mask_of(t, PIECE, F), KEEP)
+
+
+@triton.jit
+def load_at(ptr, at, STRIDES: tl.constexpr, mask, F: tl.constexpr, SHARED: tl.constexpr = False):
+    """Elements in their own shape, which may be smaller than the mask's where the operand does not vary.
+
+    SHARED: they were stored by a program of this launch, so past L1, which is not coherent.
+    """
+    p = ptr + offsets(at, STRIDES, F)
+    if mask is None:
+        v = tl.load(p, cache_modifier=".cg" if SHARED else "")
+    else:
+        p, mask = tl.broadcast(p, mask)
+        v = tl.load(p, mask=mask, other=0.0, cache_modifier=".cg" if SHARED else "")
+    return v.to(F.ACC)
+
+
+@triton.jit
+def load_parameter(ptr, t, PIECE: tl.constexpr, F: tl.constexpr):
+    """w or b of a piece."""
+    return load_at(ptr, coordinates(t, PIECE, F), F.W, mask_parameters(t, PIECE, F), F)
+
+
+@triton.jit
+def load_kept(ptr, t, F: tl.constexpr, SHARED: tl.constexpr = False):
+    """A statistic of a tile's groups."""
+    return load_at(ptr, (t.at[0], t.at[1], 0, 0), F.STAT, t.mk, F, SHARED)
 
 
 @triton.jit
 def load_shared(ptr, o, mask):
-    """What another program of the same launch stored: past L1, which is not coherent."""
+    """What another program of the same launch stored."""
     return tl.load(ptr + o, mask=mask, other=0.0, cache_modifier=".cg")
 
 
@@ -205,36 +324,35 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def store(ptr, o, value, mask, KEEP: tl.constexpr = ANY):
-    p, m = tl.broadcast(ptr + o, mask)
-    tl.store(p, rounded(value, ptr.dtype.element_ty), mask=m, eviction_policy=KEEP)
+    p, value = tl.broadcast(ptr + o, rounded(value, ptr.dtype.element_ty))
+    if mask is None:
+        tl.store(p, value, eviction_policy=KEEP)
+    else:
+        p, m = tl.broadcast(p, mask)
+        tl.store(p, value, mask=m, eviction_policy=KEEP)
 
 
 @triton.jit
-def total(t):
-    """Sum of a tile over a and s: [BLOCK_K, BLOCK_A, BLOCK_S] -> [BLOCK_K, 1, 1]."""
-    return tl.sum(tl.sum(t, 2, keep_dims=True), 1, keep_dims=True)
+def inside(v, t, PIECE: tl.constexpr, F: tl.constexpr):
+    """v, 0 outside the piece."""
+    mask = mask_of(t, PIECE, F)
+    return v if mask is None else tl.where(mask, v, 0.0)
 
 
 @triton.jit
-def by_group(v, BLOCK_K: tl.constexpr, FOLD: tl.constexpr):
-    """[BLOCK_K, 1, 1] of columns -> at every column, the sum over the columns of its group."""
-    PER: tl.constexpr = FOLD[0]
-    GROUPS: tl.constexpr = FOLD[2]
-    if PER > 1:
-        here = tl.arange(0, BLOCK_K)[:, None, None] // PER == tl.arange(0, GROUPS)[None, :, None]
-        sums = tl.sum(tl.where(here, v, 0.0), 0, keep_dims=True)
-        v = tl.sum(tl.where(here, sums, 0.0), 1, keep_dims=True)
-    return v
+def count(n, F: tl.constexpr):
+    """An extent as a number of the accumulator's type."""
+    return tl.full((), n, F.ACC)
 
 
 @triton.jit
-def group_size(SPACE: tl.constexpr, N0, FOLD: tl.constexpr, ACC: tl.constexpr):
+def group_size(n0, F: tl.constexpr):
     """Number of elements that share a mean, as the accumulator's type."""
-    PER: tl.constexpr = FOLD[0]
-    return tl.full((), extent(SPACE, 2, N0), ACC) * tl.full((), extent(SPACE, 3, N0), ACC) * PER
+    PER: tl.constexpr = F.FOLD[0]
+    return count(extent(2, n0, F), F) * count(extent(3, n0, F), F) * PER
 
 
 @triton.jit
-def number_of_groups(SPACE: tl.constexpr, N0, FOLD: tl.constexpr):
-    PER: tl.constexpr = FOLD[0]
-    return extent(SPACE, 0, N0) * extent(SPACE, 1, N0) // PER
+def number_of_groups(n0, F: tl.constexpr):
+    PER: tl.constexpr = F.FOLD[0]
+    return extent(0, n0, F) * extent(1, n0, F) // PER

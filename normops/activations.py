@@ -10,11 +10,9 @@ tanh approximation.  They run in the dtype of the statistics, on tensors of any 
 
 from __future__ import annotations
 
-from .kernels.activations import ACTIVATIONS
+from .kernels.activations import NAMES
 
 __all__ = ["NAMES", "check"]
-
-NAMES = tuple(ACTIVATIONS)
 
 
 def check(name: str | None) -> str:

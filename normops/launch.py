@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from . import compiled, counters, schedule
 from .checks import Axes, written
 from .form import kept_strides
+from .kernels.bundles import Operands
 from .layout import follows, split
 from .plan import Plan, Shapes, Spec, accumulator, weight_strides
 from .plan_backward import Needs, plan_backward
@@ -47,6 +49,7 @@ _data_ptr = Tensor.data_ptr
 Strides = tuple[int, ...]
 
 
+_IN_INTERPRETER = replace(schedule.H200, ptx=False)
 _stand_in: Device | None = None
 """The device that CPU tensors are planned for and compiled for, see :func:`standing_in`."""
 
@@ -55,11 +58,12 @@ _stand_in: Device | None = None
 def _properties(device: torch.device) -> Device:
     properties = torch.cuda.get_device_properties(device)
     shared = 0 if torch.version.hip else properties.L2_cache_size  # AMD's dies have an L2 each
-    return Device(properties.name, properties.multi_processor_count, (properties.major, properties.minor), shared)
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, properties.multi_processor_count, capability, shared, not torch.version.hip)
 
 
 def device_facts(device: torch.device) -> Device:
-    return _properties(device) if device.type == "cuda" else _stand_in or schedule.H200
+    return _properties(device) if device.type == "cuda" else _stand_in or _IN_INTERPRETER
 
 
 def uses_kernels(x: Tensor) -> bool:
@@ -102,7 +106,7 @@ class Step:
         for owner, pieces in (("saved", saved), ("scratch", plan.scratch)):
             starts, self.elements = placed(pieces)
             self.pieces |= {name: (owner, starts[name], n) for name, n in pieces}
-        self._direct: list[tuple[Any, ...]] = []  # (pick, run, grid, function, metadata) of each kernel
+        self._direct: list[tuple[Any, ...]] = []  # what picks arguments, and what launches: of each kernel
         self._present: Callable[..., tuple[Tensor, ...]] = tuple
         self._offsets: list[tuple[int, int]] = []  # of each piece: the position of its tensor, and bytes
         self._static: tuple[Any, ...] = ()
@@ -133,8 +137,8 @@ class Step:
                 values += [values[i] + o for i, o in self._offsets]
                 values += scalars
                 values += self._static
-                for pick, run, grid, function, metadata in self._direct:
-                    run(grid, 1, 1, stream, function, metadata, None, None, None, *pick(values))
+                for pointers, others, run, grid, function, metadata in self._direct:
+                    run(grid, 1, 1, stream, function, metadata, None, None, None, pointers(values), *others(values))
                 return
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -153,9 +157,9 @@ class Step:
         operands = self.operands(tensors, scalars)
         kernels = [
             launch.kernel[(launch.grid,)](
-                *(operands.get(name) for name in launch.pointers),
+                Operands(**{name: operands.get(given) for name, given in launch.operands.items()}),
                 *(operands[v] if isinstance(v, str) else v for v in launch.scalars),
-                **launch.constants,
+                launch.form,
                 num_warps=launch.num_warps,
                 enable_fp_fusion=True,  # the default so far; Triton 3.9 announces another
             )
@@ -177,12 +181,11 @@ class Step:
 
         direct: list[tuple[Any, ...]] = []
         for launch, handle in zip(self.plan.launches, handles, strict=True):
-            where = [place.get(name, len(place)) for name in launch.pointers]  # past the last place: None
-            given = launch.given
-            for name in launch.kernel.arg_names[len(where) :]:
-                value = given[name]
-                where.append(place[value] if isinstance(value, str) else constant(value))
-            direct.append((itemgetter(*where), handle.run, launch.grid, handle.function, handle.metadata))
+            nothing = len(place)  # past the last place: None
+            pointers = itemgetter(*(place.get(launch.operands.get(name, ""), nothing) for name in Operands._fields))
+            scalars_at = (place[v] if isinstance(v, str) else constant(v) for v in launch.scalars)
+            others = itemgetter(*scalars_at, constant(launch.form))
+            direct.append((pointers, others, handle.run, launch.grid, handle.function, handle.metadata))
         self._offsets = [(place[owner], start * present[owner]) for owner, start, _ in self.pieces.values()]
         self._present = itemgetter(*(i for i, t in enumerate(tensors) if t is not None))
         self._static = tuple(static)

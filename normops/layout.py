@@ -68,11 +68,6 @@ class Layout:
         return any(not run.reduced for run in self.runs)
 
     @property
-    def averaged(self) -> bool:
-        """Whether a mean is over the batch, so that there are as many whatever its size."""
-        return self.kept and self.batch in ("a", "s")
-
-    @property
     def groups(self) -> int:
         return self.extent("m") * self.extent("c") // self.fold
 
@@ -121,6 +116,13 @@ class Layout:
             return None
         columns = Run(kept.size * inner.size, False, kept.affine, inner.strides)
         return Layout((*self.runs[:-2], columns), inner.size, shared, self.batch)
+
+    def of_planes(self) -> Layout | None:
+        """This layout with the outer run of s counted as a, along which no parameter runs, where s is the planes of a
+        batch: a BatchNorm of a contiguous tensor."""
+        if self.fold > 1 or self.letters not in ("scs", "sms"):
+            return None
+        return Layout((self.runs[0]._replace(affine=True), *self.runs[1:]), batch="a")
 
     @property
     def divisors(self) -> tuple[int, int]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import triton.language as tl
 
+from .kernels.bundles import ABSENT, Form
 from .layout import Layout, coalesce, dense_strides
-from .schedule import Tile, column_blocks, vector
-
-# Strides of an operand that is not there.
-ABSENT: tuple[tuple[int, ...], ...] = ((), (), (), ())
+from .schedule import Device, Limits, Tile, column_blocks, plane_tile, vector
+from .ticketing import Tickets
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -43,24 +43,35 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: names of its pointers and scalars, looked up in the call; numbers stand for themselves."""
+    """One kernel launch: names of its operands and scalars, looked up in the call; numbers stand for themselves."""
 
     kernel: Any
     grid: int
-    pointers: tuple[str, ...]
+    operands: dict[str, str]
+    """The kernel's own names of its operands -> names in the call."""
     scalars: tuple[str | int, ...]
-    constants: dict[str, Any]
+    form: Form
     num_warps: int
-
-    @property
-    def operands(self) -> dict[str, str]:
-        """The kernel's own names of its pointers -> names in the call ("" where absent)."""
-        return dict(zip(self.kernel.arg_names, self.pointers, strict=False))
 
     @property
     def given(self) -> dict[str, Any]:
         """The kernel's own names of its other arguments -> values (names in the call, of scalars that vary)."""
-        return dict(zip(self.kernel.arg_names[len(self.pointers) :], self.scalars, strict=False)) | self.constants
+        return dict(zip(self.kernel.arg_names[1:-1], self.scalars, strict=True)) | self.form._asdict()
+
+    @property
+    def tile(self) -> tuple[int, int, int]:
+        """Blocks of k, a and s."""
+        return self.form.BLOCK_K, self.form.WIDTH_A, self.form.WIDTH_S
+
+
+def named(**operands: str) -> dict[str, str]:
+    """Operands of a launch that another name is given to; those named "" are not there."""
+    return {name: given for name, given in operands.items() if given}
+
+
+def alike(*names: str) -> dict[str, str]:
+    """Operands that the kernel and the call give the same name."""
+    return {name: name for name in names if name}
 
 
 @dataclass(frozen=True)
@@ -100,12 +111,36 @@ def weight_strides(spec: Spec) -> tuple[int, ...]:
     return tuple(strides.get(i, 0) for i in range(len(shape)))
 
 
-def kernel_tile(tile: Tile, layout: Layout) -> dict[str, Any]:
+def form(layout: Layout, operands: dict[str, Any], spec: Spec, acc: torch.dtype, device: Device) -> Form:
+    """What is known of every launch of a direction, whatever its tile."""
+    return Form(
+        SPACE=layout.space, ACC=tl.float64 if acc is torch.float64 else tl.float32, STAT=layout.statistics(),
+        CENTER=spec.center, ACT=spec.activation, PTX=device.ptx, **operands,
+    )  # fmt: skip
+
+
+def cut(form: Form, tile: Tile, layout: Layout, steps: int = 0, **more: Any) -> Form:
+    """The form of a launch whose programs take such tiles of the layout, or walk over `steps` of them along s."""
     wide = layout.reach() + tile.elements >= 2**31 or layout.numel + tile.elements >= 2**31
-    return {
+    kept, batch = ("m" if tile.along_m else "c"), 0 in layout.sizes("m" if tile.along_m else "c")
+    return form._replace(**{
         "ALONG_M": tile.along_m, "BLOCK_K": tile.k, "BLOCK_A": tile.a, "BLOCK_S": tile.s,
         "FOLD": fold(layout, tile.columns, tile.groups), "WIDE": wide,
-    }  # fmt: skip
+        "PIECES": tile.pieces, "PIECES_A": tile.along_a, "WIDTH_A": tile.width, "WIDTH_S": tile.length,
+        # Not of the batch: another one compiles nothing.
+        "FULL_K": not batch and tile.columns == tile.k and layout.extent(kept) % tile.k == 0,
+        "FULL_A": 0 if 0 in layout.sizes("a") else tile.full("a", layout.extent("a")),
+        "FULL_S": full_s(layout, tile, steps),
+        "SHARED_A": not form.W[2],
+        **more,
+    })  # fmt: skip
+
+
+def full_s(layout: Layout, tile: Tile, steps: int) -> int:
+    """Tile.full() along s; where s holds the batch, and so the steps depend on it, whatever the batch."""
+    if 0 not in layout.sizes("s"):
+        return tile.full("s", layout.extent("s"), max(1, steps))
+    return tile.pieces if not steps and prod(n or 1 for n in layout.sizes("s")) % tile.length == 0 else 0
 
 
 def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, int]:
@@ -128,6 +163,9 @@ class Shapes(NamedTuple):
     order: tuple[int, ...]
     operands: tuple[tuple[str, tuple[int, ...] | None], ...]
 
+    def has(self, name: str) -> bool:
+        return dict(self.operands)[name] is not None
+
     def layout(self, spec: Spec, affine: tuple[int, ...]) -> tuple[Layout, dict[str, Any]]:
         """The layout over all operands, and each operand's strides as kernels take them."""
         present = [(name, strides) for name, strides in self.operands if strides is not None]
@@ -137,6 +175,16 @@ class Shapes(NamedTuple):
             # A single row, in tiles of several as a batch of them: addresses have the shape of the tile all the same.
             given = {name: steps if name == "W" else ((0,), *steps[1:]) for name, steps in given.items()}
         return layout, {name: given.get(name, ABSENT) for name, _ in self.operands}
+
+    def planes(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
+        """The layout, and its operands, with the batch counted as a, where planes of a batch are averaged over: a tile
+        is then a piece of several planes, at constant distances; see Layout.of_planes()."""
+        planes = layout.of_planes()
+        if planes is None or plane_tile(planes, itemsize) is None:
+            return None
+        places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
+        given = {name: planes.operand(i) for name, i in places.items()}
+        return planes, {name: given.get(name, ABSENT) for name, _ in self.operands}
 
     def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
         """The folded layout and its operands, where it allows wider accesses than `layout`; see Layout.folded."""
@@ -154,3 +202,25 @@ class Shapes(NamedTuple):
         if params is not None and folded.shared:
             given["W"] = (*layout.operand(params), folded.divisors)
         return folded, {name: given.get(name, ABSENT) for name, _ in self.operands}
+
+
+class Planner(Protocol):
+    """What each direction knows to do with its groups."""
+
+    limits: Limits
+
+    def resident_tile(self) -> Tile | None: ...
+    def resident(self, tile: Tile) -> Plan: ...
+    def tickets(self) -> Tickets | None: ...
+    def ticketed(self, tickets: Tickets) -> Plan: ...
+    def split(self) -> Plan: ...
+
+
+def ladder(planner: Planner) -> Plan:
+    """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit."""
+    engine = planner.limits.engine
+    tile = planner.resident_tile() if engine in ("", "resident") else None
+    if tile is not None:
+        return planner.resident(tile)
+    tickets = planner.tickets() if engine in ("", "ticketed") else None
+    return planner.split() if tickets is None else planner.ticketed(tickets)

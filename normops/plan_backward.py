@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import triton.language as tl
 
 from . import schedule
-from .kernels import backward as kb
-from .kernels import finish as kf
-from .kernels import ticketed as kt
-from .kernels.activations import ACTIVATIONS
-from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
+from .kernels.bundles import APPLY, BOTH, STATISTICS
+from .kernels.finish import grad_finish, sum_rows
+from .kernels.grad_stream import grad_stream
+from .kernels.resident import grad_normalize
+from .plan import Launch, Plan, Shapes, Spec, alike, cdiv, cut, fold, form, kept_blocks, kept_first, ladder, named
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
 
@@ -27,7 +28,7 @@ def plan_backward(
 ) -> Plan:  # fmt: skip
     """Launches of a backward call; needs = (dx, dw, db, dpost); given: the statistics were constants."""
     planner = _Backward(spec, shapes, itemsize, acc, given, needs, limits, device)
-    return planner.parts() if given or not needs[0] else planner.whole()
+    return planner.rest() if given or not needs[0] else ladder(planner)
 
 
 class _Backward:
@@ -40,17 +41,17 @@ class _Backward:
         self.spec, self.itemsize, self.acc_bytes, self.given = spec, itemsize, acc.itemsize, given
         self.limits, self.device = limits, device
         _, self.dw, self.db, _ = needs
-        base, operands = shapes.layout(spec, spec.affine)
-        layout, self.operands = shapes.columns(base, itemsize) or (base, operands)
-        self.base, self.layout = base, layout
-        self.n_m, self.n_c, self.n_a, self.n_s = (base.extent(letter) for letter in "mcas")
+        self.base, base = shapes.layout(spec, spec.affine)
+        self.layout, operands = shapes.columns(self.base, itemsize) or (self.base, base)
+        self.n_m, self.n_c, self.n_a, self.n_s = (self.base.extent(letter) for letter in "mcas")
         self.columns = self.n_c * self.n_a
-        acc_type = {"ACC": tl.float64 if self.acc_bytes == 8 else tl.float32}
-        self.common = {"SPACE": layout.space, "STAT": layout.statistics(), **acc_type}
-        # What finishes knows of groups only.
-        self.grouped = {"SPACE": base.space, "W": operands["W"], **acc_type}
-        self.grad = ACTIVATIONS[spec.activation][1] if spec.activation != "identity" else None
-        self.streams = {**self.operands, "ACT_GRAD": self.grad}
+        self.form = form(self.layout, operands, spec, acc, device)
+        self.tiled, tiled = shapes.planes(self.layout, itemsize) or (self.layout, operands)
+        self.tiled_form = form(self.tiled, tiled, spec, acc, device)
+        # What finishes know of: groups.
+        self.grouped = form(self.base, {"W": base["W"]}, spec, acc, device)._replace(ACT="identity")
+        self.activated = spec.activation != "identity"
+        self.added = shapes.has("POST")
         # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
         self.along_rows = self.n_s == 1 and self.n_a > 1
         self.launches: list[Launch] = []
@@ -60,182 +61,184 @@ class _Backward:
         scratch = tuple((name, size) for name, size in self.scratch.items() if size)
         return Plan(self.base, self.layout, engine, tuple(self.launches), (), scratch, words)
 
-    def take(self, names: Names, sizes: tuple[int, int]) -> None:
+    def take(self, names: Names, size: int) -> None:
         """Workspace; what launches of one plan ask for under one name is the same memory."""
-        for name, size in zip(names, sizes, strict=True):
+        for name in names:
             if name:
                 self.scratch[name] = max(size, self.scratch.get(name, 0))
 
     def asked(self, dw: str, db: str) -> Names:
         return (dw if self.dw else "", db if self.db else "")
 
+    def totals(self, whole: bool, rows: int) -> Names:
+        """Where sums for dw and db go: to dw and db if they are whole, else to so many rows of workspace."""
+        names = self.asked("dw", "db") if whole else self.asked("t1", "t0")
+        if not whole:
+            self.take(names, rows * self.columns)
+        return names
+
     def sums(self) -> Names:
         """c1, c0 as results; RMS norms have no c0."""
         names = ("c1", "c0" if self.spec.center else "")
-        self.take(names, (self.layout.groups, self.layout.groups))
+        self.take(names, self.layout.groups)
         return names
 
     # What is left where statistics were constants, or x needs no gradient
 
-    def parts(self) -> Plan:
+    def rest(self) -> Plan:
         if not (self.dw or self.db):
             self.apply(NONE)
             return self.plan("apply")
         tile = self.resident_tile()
-        if not self.given and (self.along_rows or tile is not None):
-            self.walk(tile or schedule.stream(
-                self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512
-            ), NONE)  # fmt: skip
+        if self.along_rows or tile is not None:
+            self.walk(tile or self.chunk(), APPLY, NONE)
             return self.plan("rows")
-        self.finish_affine(("p1", "p0"), self.statistics(per_a=True, write=True) * self.n_m)
+        self.sum_rows(("p1", "p0"), self.statistics(write=True) * self.n_m)
         return self.plan("apply")
 
     # The whole gradient
 
-    def whole(self) -> Plan:
-        engine = self.limits.engine
-        tile = self.resident_tile() if engine in ("", "resident") else None
-        if tile is not None:
-            self.walk(tile, NONE)
-            return self.plan("resident")
-        tickets = self.tickets() if engine in ("", "ticketed") else None
-        if tickets is not None:
-            self.ticketed(tickets)
-            return self.plan("ticketed", tickets.words)
-        self.split()
-        return self.plan("split")
-
     def resident_tile(self) -> Tile | None:
         limits = self.limits
-        limit = limits.backward_affine if self.along_rows and (self.dw or self.db) else limits.backward
+        affine = self.along_rows and (self.dw or self.db)
+        if affine and schedule.in_rows(self.layout):
+            return schedule.rows(self.layout, self.itemsize, self.acc_bytes, 32, 8)
+        limit = limits.backward_affine if affine else limits.backward
         # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
-        most = 16 if self.grad is None else 8
+        most = 8 if self.activated else 16
         return schedule.whole_groups(
-            self.layout, self.itemsize, self.acc_bytes, limit, limits.grad_tile, 512, self.grad is not None, most
+            self.layout, self.itemsize, self.acc_bytes, limit, limits.grad_tile, 512, self.activated, most
         )
 
+    def resident(self, tile: Tile) -> Plan:
+        self.walk(tile, BOTH, NONE)
+        return self.plan("resident")
+
     def tickets(self) -> Tickets | None:
-        if self.along_rows and not schedule.along_m(self.layout):
-            return None  # dw and db of a tile of one m would be as large as it is
-        again = 2 if self.grad is None or self.operands["POST"] is ABSENT else 3
+        if self.along_rows:
+            return None
+        again = 3 if self.activated and self.added else 2
         # Parameters of every a live beside an activation's derivative: half as many fit.
-        fewer = 2 if self.grad is not None and self.n_a > 1 else 1
+        fewer = 2 if self.activated and self.n_a > 1 else 1
+        # Masks along s, columns side by side, or a third stream: half as many elements a thread, or some spill.
+        masked = 0 in self.tiled.sizes("s") or schedule.sideways(self.layout) or again > 2
         return ticketed(
-            self.layout, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer, 512 // fewer,
-            self.limits.grad_rows, self.limits, self.device,
+            self.tiled, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer,
+            self.limits.grad_ticket_warp // (2 if masked else 1), self.limits.rows, self.limits, self.device,
         )  # fmt: skip
 
-    def ticketed(self, tickets: Tickets) -> None:
-        tile = tickets.tile
-        m_blocks = cdiv(self.n_m, tile.k) if self.along_rows else self.n_m
-        direct = m_blocks == 1
-        wide = 1 if self.along_rows else self.n_a
-        totals = self.asked("dw", "db") if direct else self.asked("t1", "t0")
-        if not direct:
-            self.take(totals, (m_blocks * self.columns,) * 2)
-        p0 = "p0" if self.spec.center or (self.db and not self.along_rows) else ""
-        chunks = tickets.tiles if self.along_rows else tickets.chunks_s
-        self.take(("p1", p0), (tickets.rows(chunks) * self.layout.groups * wide,) * 2)
-        merge_a = min(32, schedule.next_power_of_2(wide))
+    def ticketed(self, tickets: Tickets) -> Plan:
+        direct = self.n_m == 1
+        totals = self.totals(direct, self.n_m)
+        p0 = "p0" if self.spec.center or self.db else ""
+        chunks = tickets.chunks_s if self.tiled is self.layout else tickets.tiles
+        self.take(("p1", p0), tickets.rows(chunks) * self.layout.groups * self.n_a)
+        merge_a = min(32, schedule.next_power_of_2(self.n_a))
         self.launches.append(Launch(
-            kt.grad_ticketed, 2 * tickets.units * tickets.tiles,
-            (*READS, *self.sums(), *WRITES, *totals, "p1", p0, "tickets"),
-            (self.layout.outer, tickets.chunks_s, tickets.lead),
-            {**self.common, **self.streams, **kernel_tile(tile, self.layout), "ROWS": self.along_rows, "A": wide,
-             "DIRECT": direct, "MERGE_A": merge_a, "BLOCK_P": max(8, tickets.merge_p // merge_a),
-             "FAN": tickets.fan},
-            tile.warps,
+            grad_stream, tickets.programs,
+            alike(*READS, *WRITES, *self.sums(), "p1", p0, "tickets") | named(dw=totals[0], db=totals[1]),
+            (self.layout.outer, tickets.lead),
+            cut(self.tiled_form, tickets.tile, self.tiled, A=self.n_a, DIRECT=direct, MERGE_A=merge_a,
+                BLOCK_P=max(8, tickets.merge_p // merge_a), FAN=tickets.fan),
+            tickets.tile.warps,
         ))  # fmt: skip
-        if not direct and any(totals):
-            self.finish_affine(totals, m_blocks)
+        if not direct:
+            self.sum_rows(totals, self.n_m)
+        return self.plan("ticketed", tickets.words)
 
-    def split(self) -> None:
+    def split(self) -> Plan:
         if self.along_rows:
-            self.finish_group(self.statistics(per_a=False, write=False), per_a=False)
-            if self.dw or self.db:
-                tile = schedule.stream(self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512)
-                self.walk(tile, self.sums())
-            else:
-                self.apply(self.sums())
-            return
-        totals = self.finish_group(self.statistics(per_a=True, write=False), per_a=True)
-        if self.n_m > 1 and any(totals):
-            self.finish_affine(totals, self.n_m)
+            tile = self.chunk()
+            self.walk(tile, STATISTICS, ("p1", "p0" if self.spec.center else ""))
+            self.grad_finish(cdiv(self.n_a, tile.width), NONE, 1)
+            self.walk(tile, APPLY, self.sums())
+            return self.plan("split")
+        chunks = self.statistics(write=False)
+        totals = self.totals(self.n_m == 1, self.n_m)
+        self.grad_finish(chunks, totals, self.n_a)
+        if self.n_m > 1:
+            self.sum_rows(totals, self.n_m)
         self.apply(self.sums())
+        return self.plan("split")
 
     # Launches
 
-    def walk(self, tile: Tile, sums: Names) -> None:
-        """grad_normalize; a single part writes dw and db at once."""
-        count, steps = schedule.parts(self.layout, tile, self.device, self.dw or self.db)
+    def chunk(self) -> Tile:
+        """A tile of long rows: one warp owns a chunk of columns, so that their sums need no barrier."""
+        if schedule.in_rows(self.layout):
+            return schedule.row_chunk(self.layout, self.itemsize, self.acc_bytes)
+        return self.stream()
+
+    def stream(self, fewer: int = 1) -> Tile:
+        tile = self.limits.grad_tile // fewer
+        return schedule.stream(self.layout, self.itemsize, self.acc_bytes, tile, 512 // fewer)
+
+    def walk(self, tile: Tile, phase: str, sums: Names) -> None:
+        """grad_normalize; a single part writes dw and db at once.  `sums`: of rows, written (STATISTICS) or given."""
+        adds = phase != APPLY or not any(sums)  # given sums come from a launch that has added up dw and db
+        count, steps = schedule.parts(self.layout, tile, self.device, adds and (self.dw or self.db))
         direct = count == 1
-        names = self.asked("dw", "db") if direct else self.asked("t1", "t0")
+        names = self.totals(direct, count) if adds else NONE
         blocks = cdiv(self.layout.extent("c"), 1 if tile.along_m else tile.columns)
-        blocks *= cdiv(self.layout.extent("a"), tile.a)
+        blocks *= cdiv(self.layout.extent("a"), tile.width)
+        operands = alike(*READS, *sums) | named(dw=names[0], db=names[1])
+        if phase == STATISTICS:
+            self.take(sums, cdiv(self.n_a, tile.width) * self.layout.groups)
+        else:
+            operands |= alike(*WRITES)
         self.launches.append(Launch(
-            kb.grad_normalize, blocks * count, (*READS, *sums, *WRITES, *names), (self.layout.outer, steps),
-            {**self.common, **self.streams, **kernel_tile(tile, self.layout), "CENTER": self.spec.center,
-             "DIRECT": direct},
-            tile.warps,
+            grad_normalize, blocks * count, operands, (self.layout.outer, steps),
+            cut(self.form, tile, self.layout, PHASE=phase, DIRECT=direct and adds), tile.warps,
         ))  # fmt: skip
-        if not direct and any(names):
-            self.take(names, (count * self.columns,) * 2)
-            self.finish_affine(names, count)
-
-    def statistics(self, per_a: bool, write: bool) -> int:
-        """grad_statistics; returns the number of partials of a group (and of a, where they are kept apart)."""
-        # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
-        fewer = 1 if self.grad is None else 2
-        tile = schedule.stream(self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile // fewer, 512 // fewer)
-        steps = schedule.steps(self.layout, tile)
-        chunks_s = cdiv(self.layout.extent("s"), tile.s * steps)
-        blocks_a = cdiv(self.layout.extent("a"), tile.a)
-        p0 = "p0" if self.spec.center or (per_a and self.db) else ""
-        self.launches.append(Launch(
-            kb.grad_statistics, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks_s,
-            (*READS, *(WRITES if write else ("", "", "")), "p1", p0), (self.layout.outer, chunks_s, steps),
-            {**self.common, **self.streams, **kernel_tile(tile, self.layout), "PER_A": per_a,
-             "KEPT_FIRST": kept_first(self.layout)},
-            tile.warps,
-        ))  # fmt: skip
-        partials = chunks_s if per_a else chunks_s * blocks_a
-        self.take(("p1", p0), (partials * self.layout.groups * (self.n_a if per_a else 1),) * 2)
-        return partials
-
-    def finish_group(self, partials: int, per_a: bool) -> Names:
-        """c1 and c0; and where partials are kept apart along a, dw and db (of every m, if there are several)."""
-        direct = self.n_m == 1
-        totals = NONE if not per_a else self.asked("dw", "db") if direct else self.asked("t1", "t0")
         if not direct:
-            self.take(totals, (self.layout.groups * self.n_a,) * 2)
-        wide = self.n_a if per_a else 1
+            self.sum_rows(names, count)
+
+    def statistics(self, write: bool) -> int:
+        """p1 and p0 of chunks; returns how many there are of a group."""
+        # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
+        tile = self.stream(2 if self.activated else 1)
+        steps = schedule.steps(self.layout, tile)
+        chunks = cdiv(self.layout.extent("s"), tile.length * steps)
+        blocks_a = cdiv(self.layout.extent("a"), tile.width)
+        p0 = "p0" if self.spec.center or self.db else ""
+        self.launches.append(Launch(
+            grad_stream, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks,
+            alike(*READS, *(WRITES if write else ()), "p1", p0), (self.layout.outer, steps),
+            cut(self.form, tile, self.layout, steps, PHASE=STATISTICS, KEPT_FIRST=kept_first(self.layout)), tile.warps,
+        ))  # fmt: skip
+        self.take(("p1", p0), chunks * self.layout.groups * self.n_a)
+        return chunks
+
+    def grad_finish(self, chunks: int, totals: Names, wide: int) -> None:
+        """c1 and c0; and where partials are kept apart along a, dw and db (of every m, if there are several)."""
         along_m = schedule.along_m(self.base)
         block_k, block_a, block_p = schedule.finish_group_tile(kept_first(self.base), wide)
         p0 = "p0" if self.spec.center or totals[1] else ""
+        formed: dict[str, Any] = {
+            "A": wide, "DIRECT": self.n_m == 1, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
+            "MERGE_A": block_a, "BLOCK_P": block_p,
+        }  # fmt: skip
         self.launches.append(Launch(
-            kf.finish_group, kept_blocks(self.base, along_m, block_k),
-            ("p1", p0, "w" if per_a else "", *self.sums(), *totals), (self.base.outer, partials),
-            {**self.grouped, "STAT": self.base.statistics(),
-             "A": wide, "DIRECT": direct, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
-             "BLOCK_A": block_a, "BLOCK_P": block_p, "WIDE": False},
-            4,
+            grad_finish, kept_blocks(self.base, along_m, block_k),
+            alike("p1", p0, "" if self.along_rows else "w", *self.sums()) | named(dw=totals[0], db=totals[1]),
+            (self.base.outer, chunks), self.grouped._replace(**formed), 4,
         ))  # fmt: skip
-        return totals
 
-    def finish_affine(self, partials: Names, rows: int) -> None:
-        block_j, block_i = schedule.finish_affine_tile(self.columns)
+    def sum_rows(self, partials: Names, rows: int) -> None:
+        if not any(partials):
+            return
+        block_p, block_a = schedule.sum_rows_tile(self.columns, rows)
         self.launches.append(Launch(
-            kf.finish_affine, cdiv(self.columns, block_i), (*partials, "dw", "db"), (self.base.outer, rows),
-            {**self.grouped, "BLOCK_J": block_j, "BLOCK_I": block_i}, 4,
+            sum_rows, cdiv(self.columns, block_a),
+            named(p1=partials[0], p0=partials[1]) | alike(*self.asked("dw", "db")), (self.base.outer, rows),
+            self.grouped._replace(BLOCK_P=block_p, BLOCK_A=block_a), 4,
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:
-        tile = schedule.stream(self.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512)
-        chunks_s = cdiv(self.layout.extent("s"), tile.s)
-        blocks_a = cdiv(self.layout.extent("a"), tile.a)
+        tile = self.stream()
+        tiles = kept_blocks(self.layout, tile.along_m, tile.columns) * cdiv(self.layout.extent("a"), tile.width)
         self.launches.append(Launch(
-            kb.grad_apply, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks_s,
-            (*READS, *sums, *WRITES), (self.layout.outer, chunks_s),
-            {**self.common, **self.streams, **kernel_tile(tile, self.layout), "KEPT_FIRST": kept_first(self.layout)},
-            tile.warps,
+            grad_stream, tiles * cdiv(self.layout.extent("s"), tile.length), alike(*READS, *sums, *WRITES),
+            (self.layout.outer, 1),
+            cut(self.form, tile, self.layout, PHASE=APPLY, KEPT_FIRST=kept_first(self.layout)), tile.warps,
         ))  # fmt: skip

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
-import triton.language as tl
 
 from . import schedule
-from .kernels import finish as kf
-from .kernels import forward as kw
-from .kernels import ticketed as kt
-from .kernels.activations import ACTIVATIONS
-from .layout import Layout
-from .plan import ABSENT, Launch, Plan, Shapes, Spec, cdiv, fold, kept_blocks, kept_first, kernel_tile
+from .kernels.bundles import ABSENT, APPLY, STATISTICS
+from .kernels.finish import finish
+from .kernels.resident import normalize
+from .kernels.stream import stream
+from .plan import Launch, Plan, Shapes, Spec, alike, cdiv, cut, fold, form, kept_blocks, kept_first, ladder, named
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
+
+READS = ("x", "pre", "sum")
+RESULTS = ("mean", "rstd", "running_mean", "running_var")
+OUT = ("w", "b", "post", "y")
 
 
 def plan_forward(
@@ -24,15 +25,7 @@ def plan_forward(
 ) -> Plan:
     """Launches of a forward call; `given` is "" (statistics of x), "var" or "rstd" (statistics given)."""
     planner = _Forward(spec, shapes, itemsize, acc, given, limits, device)
-    if given:
-        return planner.plan("apply", (planner.apply(),))
-    tile = planner.resident_tile()
-    if tile is not None:
-        return planner.plan("resident", (planner.normalize(tile),))
-    tickets = planner.tickets()
-    if tickets is not None:
-        return planner.ticketed(tickets)
-    return planner.split()
+    return planner.plan("apply", (planner.apply(),)) if given else ladder(planner)
 
 
 class _Forward:
@@ -42,88 +35,67 @@ class _Forward:
         self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: str, limits: Limits, device: Device
     ) -> None:
         self.spec, self.shapes, self.itemsize, self.given = spec, shapes, itemsize, given
-        self.acc_bytes = acc.itemsize
+        self.acc, self.acc_bytes = acc, acc.itemsize
         self.limits, self.device = limits, device
         self.base, base = shapes.layout(spec, spec.affine)
         self.layout, self.operands = shapes.columns(self.base, itemsize) or (self.base, base)
+        self.form = form(self.layout, self.operands, spec, acc, device)
+        self.tiled, tiled = shapes.planes(self.layout, itemsize) or (self.layout, self.operands)
+        self.tiled_form = form(self.tiled, tiled, spec, acc, device)
         self.summed = self.operands["SUM"] is not ABSENT
-        self.common = {"ACC": tl.float64 if self.acc_bytes == 8 else tl.float32}
-        self.inputs = {name: self.operands[name] for name in ("X", "PRE", "SUM")}
-        self.out = {
-            "W": self.operands["W"], "POST": self.operands["POST"], "Y": self.operands["Y"],
-            "ACT": ACTIVATIONS[spec.activation][0],
-        }  # fmt: skip
+        self.parts = ("part_mean", "part_m2") if spec.center else ("part_m2",)
 
-    def plan(
-        self, engine: str, launches: tuple[Launch, ...], scratch: tuple[tuple[str, int], ...] = (), words: int = 0
-    ) -> Plan:
+    def plan(self, engine: str, launches: tuple[Launch, ...], rows: int = 0, words: int = 0) -> Plan:
+        """`rows`: of partial results."""
         saved = () if self.given else self.spec.statistics
+        scratch = tuple((name, rows * self.layout.groups) for name in self.parts if rows)
         return Plan(self.base, self.layout, engine, launches, saved, scratch, words)
-
-    def partials(self, rows: int) -> tuple[tuple[str, int], ...]:
-        names = ("part_mean", "part_m2") if self.spec.center else ("part_m2",)
-        return tuple((name, rows * self.layout.groups) for name in names)
-
-    def moments(self, layout: Layout) -> dict[str, Any]:
-        return {**self.common, "CENTER": self.spec.center, "SPACE": layout.space, "STAT": layout.statistics()}
 
     # Resident
 
     def resident_tile(self) -> Tile | None:
         limits = self.limits
-        if limits.engine not in ("", "resident"):
-            return None
         extra = self.operands["POST"] is not ABSENT
+        n = self.layout.group
+        if schedule.in_rows(self.layout) and 8 * schedule.next_power_of_2(n) > 9 * n:
+            tile = schedule.rows(self.layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
+            if tile is not None:
+                return tile
+        limit = limits.forward_sideways if schedule.sideways(self.layout) else limits.forward
+        return schedule.whole_groups(
+            self.layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra, 16
+        )
 
-        def whole(limit: int, warps: int) -> Tile | None:
-            return schedule.whole_groups(
-                self.layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra, warps
-            )
-
-        # 64 elements a thread, beyond 8192: two programs of 8 warps live on an SM where one of 16 would.
-        tile = whole(limits.forward, 8)
-        if tile is None and (limits.engine or self.layout.averaged):
-            tile = whole(limits.forward_batch, 16)
-            blocks = 0 if tile is None else kept_blocks(self.layout, tile.along_m, tile.columns)
-            if not limits.engine and not schedule.fills(blocks, self.device):
-                return None
-        return tile
-
-    def normalize(self, tile: Tile) -> Launch:
-        return Launch(
-            kw.normalize, kept_blocks(self.layout, tile.along_m, tile.columns),
-            ("x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "running_mean", "running_var"),
-            (self.layout.outer, "eps", "momentum"),
-            {**self.moments(self.layout), **self.inputs, **self.out, **kernel_tile(tile, self.layout)}, tile.warps,
+    def resident(self, tile: Tile) -> Plan:
+        launch = Launch(
+            normalize, kept_blocks(self.layout, tile.along_m, tile.columns), alike(*READS, *OUT, *RESULTS),
+            (self.layout.outer, "eps", "momentum"), cut(self.form, tile, self.layout), tile.warps,
         )  # fmt: skip
+        return self.plan("resident", (launch,))
 
     # Ticketed
 
     def tickets(self) -> Tickets | None:
-        if self.limits.engine not in ("", "ticketed"):
-            return None
         # x, or where something is added what goes through L2 meanwhile: x, pre and their sum.
         streams = 3 if self.summed else 1
         # Parameters that run across the vectors of x are spread anew, and held in full; so are sums of a fold.
         across = self.layout.letters[-1:] == "a" and self.layout.extent("s") > 1
         fewer = 2 if across or self.layout.fold > 1 else 1
+        # Columns side by side need more registers a lane, and more lanes that merge them.
+        sideways = schedule.sideways(self.layout)
         return ticketed(
-            self.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // fewer, 1024,
-            self.limits.rows, self.limits, self.device,
+            self.tiled, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // fewer,
+            self.limits.ticket_warp // (2 if sideways else 1), self.limits.rows, self.limits, self.device,
         )  # fmt: skip
 
     def ticketed(self, tickets: Tickets) -> Plan:
-        tile = tickets.tile
         launch = Launch(
-            kt.ticketed, 2 * tickets.units * tickets.tiles,
-            ("x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "running_mean", "running_var",
-             "part_mean" if self.spec.center else "", "part_m2", "tickets"),
-            (self.layout.outer, tickets.chunks_s, tickets.lead, "eps", "momentum"),
-            {**self.moments(self.layout), **self.inputs, **self.out, **kernel_tile(tile, self.layout),
-             "BLOCK_P": tickets.merge_p, "FAN": tickets.fan},
-            tile.warps,
+            stream, tickets.programs, alike(*READS, *OUT, *RESULTS, *self.parts, "tickets"),
+            (self.layout.outer, tickets.lead, "eps", "momentum"),
+            cut(self.tiled_form, tickets.tile, self.tiled, BLOCK_P=tickets.merge_p, FAN=tickets.fan),
+            tickets.tile.warps,
         )  # fmt: skip
-        return self.plan("ticketed", (launch,), self.partials(tickets.rows(tickets.tiles)), tickets.words)
+        return self.plan("ticketed", (launch,), tickets.rows(tickets.tiles), tickets.words)
 
     # Split
 
@@ -140,37 +112,31 @@ class _Forward:
             inputs = {**inputs, **{name: grouped.operand(i + 1) for i, name in enumerate(names)}}
         tile = schedule.stream(grouped, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
         steps = schedule.steps(grouped, tile)
-        chunks_s = cdiv(grouped.extent("s"), tile.s * steps)
-        chunks = chunks_s * cdiv(grouped.extent("a"), tile.a)
-        constants = {**self.moments(grouped), **kernel_tile(tile, grouped)}
-        merging = {name: value for name, value in constants.items() if name != "BLOCK_K"}
-        part_mean = "part_mean" if self.spec.center else ""
+        chunks = cdiv(grouped.extent("s"), tile.length * steps) * cdiv(grouped.extent("a"), tile.width)
+        inputs = {name: inputs[name] for name in ("X", "PRE", "SUM")}
+        formed = cut(form(grouped, inputs, self.spec, self.acc, self.device), tile, grouped, steps, ACT="identity")
         statistics = Launch(
-            kw.statistics, kept_blocks(grouped, tile.along_m, tile.columns) * chunks,
-            ("x", "pre", "sum", part_mean, "part_m2"), (grouped.outer, chunks_s, steps),
-            {**constants, "KEPT_FIRST": kept_first(grouped), **{name: inputs[name] for name in self.inputs}},
-            tile.warps,
+            stream, kept_blocks(grouped, tile.along_m, tile.columns) * chunks, alike(*READS, *self.parts),
+            (grouped.outer, steps, "eps", "momentum"),
+            formed._replace(PHASE=STATISTICS, KEPT_FIRST=kept_first(grouped)), tile.warps,
         )  # fmt: skip
         block_k, _, block_p = schedule.finish_group_tile(kept_first(grouped))
         columns = block_k * grouped.fold
-        finish = Launch(
-            kf.finish_statistics, kept_blocks(grouped, tile.along_m, columns),
-            (part_mean, "part_m2", "mean", "rstd", "running_mean", "running_var"),
-            (grouped.outer, chunks, chunks_s, steps, "eps", "momentum"),
-            {**merging, "FOLD": fold(grouped, columns, block_k), "BLOCK_P": block_p}, 4,
+        finishing = Launch(
+            finish, kept_blocks(grouped, tile.along_m, columns), alike("x", "pre", "sum", *self.parts, *RESULTS),
+            (grouped.outer, steps, "eps", "momentum"),
+            formed._replace(FOLD=fold(grouped, columns, block_k), BLOCK_P=block_p), 4,
         )  # fmt: skip
-        return self.plan("split", (statistics, finish, self.apply()), self.partials(chunks))
+        return self.plan("split", (statistics, finishing, self.apply()), chunks)
 
     def apply(self) -> Launch:
         layout = self.layout
         tile = schedule.stream(layout, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
-        chunks_s = cdiv(layout.extent("s"), tile.s)
+        tiles = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width)
+        formed = cut(self.form, tile, layout, PHASE=APPLY, FROM_VAR=self.given == "var", KEPT_FIRST=kept_first(layout))
+        source = "sum" if self.summed else "x"
         return Launch(
-            kw.apply, kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.a) * chunks_s,
-            ("sum" if self.summed else "x", "w", "b", "post", "y", "mean", "var" if self.given == "var" else "rstd"),
-            (layout.outer, chunks_s, "eps"),
-            {**self.common, **self.out, **kernel_tile(tile, layout), "SPACE": layout.space,
-             "STAT": layout.statistics(), "X": self.operands["SUM" if self.summed else "X"],
-             "FROM_VAR": self.given == "var", "KEPT_FIRST": kept_first(layout)},
-            tile.warps,
+            stream, tiles * cdiv(layout.extent("s"), tile.length),
+            named(x=source, mean="mean", rstd="var" if self.given == "var" else "rstd") | alike(*OUT),
+            (layout.outer, 1, "eps", "momentum"), formed._replace(X=self.operands[source.upper()]), tile.warps,
         )  # fmt: skip

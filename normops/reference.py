@@ -124,8 +124,7 @@ def normalize(
     work = _work(s)
     h = s.to(work)
     if center:
-        mean = h.mean(axes, keepdim=True) if mean is None else mean.to(work)
-        h = h - mean
+        mean, h = _centred(h, axes) if mean is None else (mean.to(work), h - mean.to(work))
     else:
         mean = None
     var = h.square().mean(axes, keepdim=True) if var is None else var.to(work)
@@ -203,13 +202,31 @@ def _work(s: Tensor) -> torch.dtype:
     return torch.float64 if s.dtype == torch.float64 else torch.float32
 
 
+def _centred(h: Tensor, axes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """mean, h - mean.
+
+    Of the differences from a number near the mean, which is found from the differences from the first element: numbers
+    far from 0 lose nothing, and of equal ones all differences are 0.  Neither depends on the number, so that it may be
+    a constant to autograd.
+    """
+    axes = tuple(axes)
+    reduced = {axis % h.dim() for axis in axes}
+    plain = h.detach()
+    first = plain[tuple(slice(0, 1) if i in reduced else slice(None) for i in range(h.dim()))]
+    first = first.mean(axes, keepdim=True)  # itself; NaN where there is none
+    near = first + (plain - first).mean(axes, keepdim=True)
+    h = h - near
+    rest = h.mean(axes, keepdim=True)
+    return near + rest, h - rest
+
+
 def _standardised(
     h: Tensor, axes: Sequence[int], eps: float, center: bool, mean: Tensor | None, rstd: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """xhat and rstd."""
     axes = tuple(axes)
     if center:
-        h = h - (h.mean(axes, keepdim=True) if mean is None else mean)
+        h = _centred(h, axes)[1] if mean is None else h - mean
     if rstd is None:
         rstd = torch.rsqrt(h.square().mean(axes, keepdim=True) + eps)
     return h * rstd, rstd

@@ -25,6 +25,9 @@ class Device:
     l2_bytes: int = 0
     """What all SMs share; 0: they share none, and a second read is never planned to be found there."""
 
+    ptx: bool = True
+    """Whether kernels may use NVIDIA's inline assembly there."""
+
     @property
     def window(self) -> int:
         """Bytes that a launch may plan to find again in L2 while it goes on reading and writing: 3/8 of it.
@@ -40,7 +43,7 @@ H100 = Device("h100", 132, (9, 0), 50 * MIB)
 H200 = Device("h200", 132, (9, 0), 50 * MIB)
 B200 = Device("b200", 148, (10, 0), 126 * MIB)
 RTX4090 = Device("rtx4090", 128, (8, 9), 72 * MIB)
-MI300X = Device("mi300x", 304, (9, 4))  # eight dies, each with an L2 of its own
+MI300X = Device("mi300x", 304, (9, 4), ptx=False)  # eight dies, each with an L2 of its own
 KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI300X)}
 
 
@@ -50,12 +53,10 @@ class Limits:
 
     # The engine that every call takes, whatever the sizes below say: one of ENGINES, or "" for the one that suits.
     engine: str = ""
-    # Two programs of 16384 elements live on one SM, so that one loads while the other stores; and a call of more than
-    # 4 MB has as many of them as nine tenths of an H200's SMs.
-    forward: int = 16384
-    # One program of 16 warps holds 32k fp32 values in 128 registers a thread without spilling; only for norms that
-    # average over the batch (a row's engine must not depend on it), and only where that fills the device.
-    forward_batch: int = 32768
+    # 16 warps hold 48k elements of x as they came (96 a thread, in bf16) without spilling; 64k would spill. Groups side
+    # by side take no larger tiles than were measured: they would be few.
+    forward: int = 49152
+    forward_sideways: int = 16384
     # x, dy and what is made of them live at once.
     backward: int = 16384
     # As above, and dw and db of every element too.
@@ -69,7 +70,10 @@ class Limits:
     line_bytes: int = 128
     # 16 KB of bf16 per program of a ticketed launch (x, or x and dy), 8 warps: four programs live on an SM.
     ticket_tile: int = 8192
-    grad_ticket_tile: int = 4096
+    grad_ticket_tile: int = 8192
+    # Of these, elements of a warp: 64 a thread, which spreads what a program does once.
+    ticket_warp: int = 2048
+    grad_ticket_warp: int = 2048
     # Bytes that a ticketed launch may read before it comes back to the first of them; 0: Device.window.
     window: int = 0
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
@@ -77,10 +81,8 @@ class Limits:
     ahead: int = 4
     # Partial results that one program merges at a time, where they are many groups wide.
     fan: int = 32
-    # Rows side by side in a tile of long rows: forward so that w and b are read for several at once (they are larger
-    # than x); backward, at most, so that partial dw and db (8 bytes a column) are few beside x, dy and dx.
+    # Rows side by side in a tile of long rows, so that w and b are read for several at once: they are larger than x.
     rows: int = 4
-    grad_rows: int = 32
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
 
@@ -93,7 +95,8 @@ def limits() -> Limits:
     return _limits
 
 
-_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "rows", "grad_rows")
+_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp",
+           "rows")
 _LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0}
 
 
@@ -129,10 +132,31 @@ class Tile:
     used: int = 0
     """Lanes of k that stand for a column of a folded layout; 0: all."""
     fold: int = 1
+    pieces: int = 1
+    """Blocks that it is made of, neighbours along a (`along_a`) or along s."""
+    along_a: bool = False
+
+    @property
+    def width(self) -> int:
+        """Points along a."""
+        return self.a * self.pieces if self.along_a else self.a
+
+    @property
+    def length(self) -> int:
+        """Points along s."""
+        return self.s if self.along_a else self.s * self.pieces
 
     @property
     def elements(self) -> int:
-        return self.k * self.a * self.s
+        return self.k * self.width * self.length
+
+    def full(self, letter: str, n: int, steps: int = 1) -> int:
+        """Of how many pieces all points along a or s are there, whichever the tile (walks take `steps` of them)."""
+        each, pieced = (self.a, self.along_a) if letter == "a" else (self.s, not self.along_a)
+        whole = each * (self.pieces if pieced else 1) * steps
+        if n % whole == 0:
+            return self.pieces
+        return n // each if pieced and steps == 1 and n < whole else 0
 
     @property
     def columns(self) -> int:
@@ -235,9 +259,11 @@ def whole_groups(
         return None
     k = min(bound, line_groups(layout, itemsize, limits().line_bytes))
     narrow = min(k, max(1, k // 2))
-    while k > narrow and k * a * s > limit:
+    # Of an outer axis, what lies beyond its end takes no registers.
+    held = layout.extent("a") * s if layout.letters[-1:] == "s" else a * s
+    while k > narrow and k * held > limit:
         k //= 2
-    if k * a * s > limit:
+    if k * held > limit:
         return None
     while k < bound and 2 * k * a * s <= pack:
         k *= 2
@@ -258,6 +284,8 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     first = line_groups(layout, itemsize, limits().line_bytes)
     bound = {"k": kept_bound(layout, letter), **{x: next_power_of_2(layout.extent(x)) for x in "as"}}
     order = list(dict.fromkeys("k" if x == letter else x for x in reversed(layout.letters) if x == letter or x in "as"))
+    if not layout.kept:
+        order.append("k")  # a single row is a batch of one
     for axis in order:
         want = first if axis == "k" else bound[axis]
         block[axis] = max(1, min(bound[axis], room, want))
@@ -268,28 +296,39 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
 
 
-def fills(blocks: int, device: Device) -> bool:
-    """Whether so many programs leave at most a tenth of the SMs idle."""
-    return 10 * blocks >= 9 * device.num_sms
+def plane_tile(layout: Layout, itemsize: int) -> Tile | None:
+    """A tile of several planes (they are a, see Layout.of_planes()): pieces of a line of memory or more that a plane
+    divides into; None where it divides into no such pieces, or is one itself."""
+    n = layout.extent("s")
+    s = min(n & -n, 2048)
+    if s * itemsize < 128 or s == n:
+        return None
+    pieces = max(p for p in range(1, 15) if n // s % p == 0)
+    a = 1
+    while 2 * a * s * pieces <= 8192 * 2 // itemsize:
+        a *= 2
+    return Tile(False, 1, a, s, 4, pieces=pieces)
 
 
 def steps(layout: Layout, tile: Tile) -> int:
     """Tiles along s that one program of a statistics kernel adds up; a function of the group alone."""
-    tiles = -(-layout.extent("s") // tile.s)
-    blocks_a = -(-layout.extent("a") // tile.a)
+    tiles = -(-layout.extent("s") // tile.length)
+    blocks_a = -(-layout.extent("a") // tile.width)
     return max(1, -(-tiles * blocks_a // limits().chunks))
 
 
 def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tuple[int, int]:
     """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
     `sums`: each leaves partial dw or db."""
-    across = -(-layout.extent("a") // tile.a)
+    across = -(-layout.extent("a") // tile.width)
     across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
-    wanted = max(1, device.num_sms * max(1, limits().warps_per_sm // tile.warps) // across)
+    # Whole rows keep w, dw and db in registers: 160 a thread.
+    warps = 12 if tile.pieces > 1 else limits().warps_per_sm
+    wanted = max(1, device.num_sms * max(1, warps // tile.warps) // across)
     if sums and layout.extent("s") == 1:
-        # Partial dw and db are 8 bytes a column and part: of two rows each, adding them up moves less than the walk.
-        wanted = max(1, min(wanted, layout.extent("m") // 2))
+        # Partial dw and db are 8 bytes a column and part: of 16 rows each, they are a tenth of x, dy and dx.
+        wanted = max(1, min(wanted, layout.extent("m") // 16))
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each
 
@@ -301,6 +340,46 @@ def finish_group_tile(kept_first: bool, n_a: int = 1) -> tuple[int, int, int]:
     return (max(1, 32 // a), a, 32) if kept_first else (max(1, 4 // a), a, max(32, 256 // a))
 
 
-def finish_affine_tile(columns: int) -> tuple[int, int]:
-    """(rows, columns) of partial dw, db taken at once: whole lines of fp32, 16 values a thread."""
-    return 32, min(64, next_power_of_2(columns))
+def sum_rows_tile(columns: int, rows: int) -> tuple[int, int]:
+    """(rows, columns) of partial dw, db taken at once: a sector of fp32 each or more, so that many programs share the
+    columns and none of them waits for more than a few loads one after the other."""
+    p = 16 if rows <= 16 else 256
+    return p, min(2048 // p, next_power_of_2(columns))
+
+
+def sideways(layout: Layout) -> bool:
+    """Whether groups, or parameters inside them, lie side by side along a line of memory: a tile holds several."""
+    return layout.letters[-1:] in ("m", "c") or (layout.letters[-1:] == "a" and layout.extent("s") > 1)
+
+
+def in_rows(layout: Layout) -> bool:
+    """Whether the kept points are rows, parameters run along them and nothing else is averaged over."""
+    return layout.letters[-1:] == "a" and layout.extent("s") == 1 and len(layout.runs_of("a")) == 1 and along_m(layout)
+
+
+def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: int) -> Tile | None:
+    """A tile of whole rows with room for so many fp32 values a thread, or None where a row is too long.
+
+    A row is one warp's as far as that goes, and its sums need no barrier; it is cut to pieces of 16 bytes a lane, so
+    that no lane idles beyond the last.
+    """
+    lane = 16 // itemsize
+    room = room if acc_bytes == 4 else room // 4
+    n = layout.extent("a")
+    if n <= 32 * lane:
+        a = next_power_of_2(n)
+        k = max(1, 4 * 32 * min(room, 32) // max(a, lane))
+        return Tile(True, min(k, kept_bound(layout, "m")), a, 1, 4)
+    across = 1  # warps of a row
+    while -(-n // (32 * lane * across)) * lane > room:
+        across *= 2
+    if across > most_warps:
+        return None
+    each = max(4, across)
+    k = min(each // across, kept_bound(layout, "m"))
+    return Tile(True, k, 32 * lane * across, 1, k * across, 0, 1, -(-n // (32 * lane * across)), True)
+
+
+def row_chunk(layout: Layout, itemsize: int, acc_bytes: int) -> Tile:
+    """A tile of rows too long for one program: 16 bytes a lane of one warp, of four rows."""
+    return Tile(True, min(4, kept_bound(layout, "m")), 32 * 16 // itemsize, 1, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .layout import Layout
-from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, stream, vector
+from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, plane_tile, stream, vector
 
 FIRST_STATE = 32
 """Where the states of units begin, as in kernels/tickets.py."""
@@ -36,6 +36,10 @@ class Tickets:
         return chunks + self.blocks(chunks)
 
     @property
+    def programs(self) -> int:
+        return self.units * self.tiles + self.lead
+
+    @property
     def words(self) -> int:
         """Words that the launch counts in, see kernels/tickets.py."""
         return FIRST_STATE + self.units * (1 + self.blocks(self.tiles))
@@ -57,7 +61,9 @@ def ticketed(
         window = max(window, 1 << 40)
     if vector(layout, itemsize) == 1 or itemsize == 4:  # see whole_groups; and tiles are counted in bytes of bf16
         elements, per_warp = elements // 2, per_warp // 2
-    for tile in _tiles(layout, stream(layout, itemsize, acc_bytes, elements, per_warp), itemsize, rows, limits):
+    planes = plane_tile(layout, itemsize) if layout.batch == "a" and layout.extent("s") > 1 and acc_bytes == 4 else None
+    streamed = stream(layout, itemsize, acc_bytes, elements, per_warp)
+    for tile in [planes] if planes else _tiles(layout, streamed, itemsize, rows, limits):
         # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
         side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
         unit = side // tile.fold * layout.group * itemsize * streams
@@ -84,12 +90,13 @@ def _tiles(layout: Layout, tile: Tile, itemsize: int, rows: int, limits: Limits)
 
 
 def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits, device: Device) -> Tickets:
-    chunks_s = -(-layout.extent("s") // tile.s)
-    blocks_a = -(-layout.extent("a") // tile.a)
+    chunks_s = -(-layout.extent("s") // tile.length)
+    blocks_a = -(-layout.extent("a") // tile.width)
     tiles = chunks_s * blocks_a
     inside, outside = ("m", "c") if tile.along_m else ("c", "m")
     units = -(-layout.extent(inside) // tile.columns) * layout.extent(outside)
-    lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit))
+    # Beside the tile that is applied a program reads the next one: one more goes by than statistics run ahead.
+    lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit - 1))
     # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
     fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
     return Tickets(

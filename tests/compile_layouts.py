@@ -127,9 +127,9 @@ def compile_case(case: Case) -> Outcome:
                 failures.append(f"{which} on {device}: {innermost(error)}")
             launches += len(gpu.launches)
             spilling += sum(k.spills > 0 for k in gpu.launches)
-        constants = [one.constants for p in planned for one in p.plan.launches]
-        runs = max([runs, *(len(sizes) for c in constants if "SPACE" in c for sizes in c["SPACE"])])
-        folded += sum("FOLD" in c and c["FOLD"][0] > 1 for c in constants)
+        forms = [one.form for p in planned for one in p.plan.launches]
+        runs = max([runs, *(len(sizes) for form in forms for sizes in form.SPACE)])
+        folded += sum(form.FOLD[0] > 1 for form in forms)
     return Outcome(launches, runs, folded, spilling, failures)
 
 

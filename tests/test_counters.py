@@ -105,7 +105,7 @@ def test_a_failure_drops_the_words_of_its_stream_alone(gpu: Device) -> None:
 @interpreted
 def test_calls_inside_a_capture_count_in_words_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     with schedule.forced(engine="ticketed", **SMALL), within(30):
-        call = Call("rows, double")
+        call = Call("instance, sum")
         call.run()
         shared = counters._words[CPU]
         monkeypatch.setattr(counters, "_capturing", lambda device: True)
@@ -165,7 +165,7 @@ def test_a_launch_after_one_that_failed_is_right(after: int, monkeypatch: pytest
 @interpreted
 def test_a_failed_backward_drops_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
     with schedule.forced(engine="ticketed", **SMALL), within(30):
-        call = Call("rows")
+        call = Call("instance")
         undisturbed = call.run()
         y, _ = call.forward()
         words = counters._words[CPU]

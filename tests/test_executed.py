@@ -238,8 +238,8 @@ def walk_all(device: str) -> dict[str, Any]:
             walk.LIMIT = most
         gpu.launches.clear()
         rows = torch.empty(4096, 1024, dtype=torch.bfloat16)
-        functional.layer_norm(rows, (1024,))
-        found["layer_norm"] = figures(gpu.launches[0])
+        functional.rms_norm(rows, (1024,))
+        found["rms_norm"] = figures(gpu.launches[0])
     with testing.virtual_device("mi300x") as gpu:
         functional.layer_norm(rows, (1024,))
         try:
@@ -355,7 +355,7 @@ def test_tickets_are_drawn_in_order_and_waits_are_unsure(h100: dict[str, Any]) -
     assert one["tickets"] and "tickets" in one["unsure"][0]
     assert one["loaded"] == pytest.approx(1000 * 1.5 * 128 * 4, rel=0.01), "neighbours take turns"
     assert any("loop" in text for text in one["unsure"][1:]) and one["most"] is None
-    assert not h100["decided"]["tickets"] and not h100["layer_norm"]["tickets"]
+    assert not h100["decided"]["tickets"] and not h100["rms_norm"]["tickets"]
 
 
 def test_turns_at_the_port_of_memory(h100: dict[str, Any]) -> None:
@@ -374,9 +374,10 @@ def test_integers_are_divided_exactly(h100: dict[str, Any]) -> None:
 
 
 def test_a_norm_reads_and_writes_its_rows_once(found: dict[str, Any]) -> None:
-    one = found["layer_norm"]
-    assert one["loaded"] == 4096 * 1024 * 2 and one["rounds"] == 1 and not one["unsure"]
-    assert one["stored"] == pytest.approx(4096 * 1024 * 2, rel=0.01), "and 8 bytes of statistics a row"
+    one = found["rms_norm"]
+    assert one["loaded"] == 4096 * 1024 * 2 and not one["unsure"]
+    assert one["rounds"] <= 2, "the compiler may use a row before it loads the last one"
+    assert one["stored"] == pytest.approx(4096 * 1024 * 2, rel=0.01), "and 4 bytes of statistics a row"
 
 
 def test_amd_is_refused(found: dict[str, Any]) -> None:

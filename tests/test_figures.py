@@ -6,7 +6,6 @@ import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,17 +28,21 @@ from bench.figures import (
     worst,
 )
 from normops import functional, testing
+from normops.kernels.bundles import Form
+from normops.kernels.finish import finish
+from normops.kernels.resident import normalize
 from normops.layout import coalesce, dense_strides
-from normops.plan import Launch
+from normops.plan import Launch, alike
 from normops.testing.cost import Moved
 from normops.testing.machine.code import KINDS
 
 
 def launch_row(kernel: str = "normalize", **changes: Any) -> dict[str, Any]:
     row = {
-        "kernel": kernel, "programs": 1000, "tile": {"K": 1, "A": 1024, "S": 1}, "warps": 4, "registers": 40,
-        "spills": 0, "stack": 0, "shared": 64, "resident": 8, "waves": 0.95, "idle": 0.0, "moved_bytes": 10,
-        "wide_loads": 1.0, "wide_stores": 1.0, "narrowest_bits": 128, "streams": True, "in_flight_bytes": 16384,
+        "kernel": kernel, "phase": "both", "programs": 1000, "tile": {"K": 1, "A": 1024, "S": 1}, "warps": 4,
+        "registers": 40, "spills": 0, "stack": 0, "shared": 64, "resident": 8, "waves": 0.95, "idle": 0.0,
+        "moved_bytes": 10, "wide_loads": 1.0, "wide_stores": 1.0, "narrowest_bits": 128, "streams": True,
+        "in_flight_bytes": 16384,
         "instructions": 500.0, "mufu": 4.0, "wavefronts": 20.0, "barriers": 2.0, "atomics": 0.0, "atomic_rounds": 0.0,
         "rounds": 2.0, "sectors": 1e5,
     }  # fmt: skip
@@ -83,7 +86,7 @@ def test_a_worse_launch_is_named_with_both_figures(kind: str) -> None:
 
 def test_more_launches_and_more_bytes_are_worse() -> None:
     before = call_row()
-    after = call_row(launch_row("statistics"), launch_row("apply"), hbm_bytes=3 * 10**7)
+    after = call_row(launch_row("stream"), launch_row("stream"), hbm_bytes=3 * 10**7)
     worse = [str(change) for change in compare([before], [after]) if change.worse]
     call = "vit-b contiguous bf16 forward"
     assert worse == [f"{call}: launches 1 -> 2", f"{call}: hbm_bytes 20 000 000 -> 30 000 000"]
@@ -92,12 +95,12 @@ def test_more_launches_and_more_bytes_are_worse() -> None:
 
 def test_a_kernel_that_is_new_to_a_call_may_not_spill_or_be_narrower() -> None:
     before = call_row(launch_row("normalize", narrowest_bits=64))
-    fine = compare([before], [call_row(launch_row("apply", narrowest_bits=64))])
+    fine = compare([before], [call_row(launch_row("stream", narrowest_bits=64))])
     assert {change.worse for change in fine} == {None}
-    worse = compare([before], [call_row(launch_row("apply", narrowest_bits=16, spills=4))])
+    worse = compare([before], [call_row(launch_row("stream", narrowest_bits=16, spills=4))])
     assert [(c.kernel, c.figure, c.before, c.after) for c in worse if c.worse] == [
-        ("apply", "spills", 0, 4),
-        ("apply", "narrowest_bits", 64, 16),
+        ("stream", "spills", 0, 4),
+        ("stream", "narrowest_bits", 64, 16),
     ]
 
 
@@ -113,7 +116,7 @@ def test_more_instructions_are_worse_beyond_what_a_sample_may_shift() -> None:
 
 
 def test_kernels_that_a_call_launches_twice_are_told_apart() -> None:
-    before = call_row(launch_row("apply", registers=32), launch_row("apply", registers=64))
+    before = call_row(launch_row("stream", registers=32), launch_row("stream", registers=64))
     after = copy.deepcopy(before)
     after["launches"][1]["registers"] = 65
     assert [(c.figure, c.before, c.after, c.worse) for c in compare([before], [after])] == [("registers", 64, 65, None)]
@@ -191,13 +194,12 @@ class Launched:
         self.name, self.grid, self.waves = name, (grid, 1, 1), grid / (12 * 132)
         self.widths = widths
 
-    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
+    def accesses(self, argument: str | None = None, without: Any = None) -> dict[tuple[str, int], int]:
         return self.widths.get(argument, {})
 
 
-def planned_launch(grid: int, **blocks: int) -> Launch:
-    kernel = SimpleNamespace(arg_names=["x_ptr", "post_ptr", "y_ptr", "w_ptr", "N0"])
-    return Launch(kernel, grid, ("x", "post", "y", "w"), (3,), {f"BLOCK_{k}": v for k, v in blocks.items()}, 4)
+def planned_launch(kernel: Any, grid: int, **form: int) -> Launch:
+    return Launch(kernel, grid, alike("x", "post", "y", "w"), (3,), Form((), None, **form), 4)
 
 
 def test_shares_of_wide_accesses() -> None:
@@ -209,27 +211,28 @@ def test_shares_of_wide_accesses() -> None:
 
 def test_the_narrowest_access_is_that_of_the_pointers_asked_for() -> None:
     launch: Any = Launched(
-        "n", 1, {"x_ptr": {("load", 128): 4}, "y_ptr": {("store", 64): 2}, "w_ptr": {("load", 16): 1}}
+        "n", 1, {"x": {("load", 128): 4}, "y": {("store", 64): 2}, "w": {("load", 16): 1}}
     )
-    assert narrowest(launch, ["x_ptr", "y_ptr"]) == 64
-    assert narrowest(launch, ["x_ptr"]) == 128
-    assert narrowest(launch, ["post_ptr"]) is None
+    assert narrowest(launch, ["x", "y"]) == 64
+    assert narrowest(launch, ["x"]) == 128
+    assert narrowest(launch, ["post"]) is None
 
-    def cannot(argument: str | None = None) -> dict[tuple[str, int], int]:
+    def cannot(argument: str | None = None, without: Any = None) -> dict[tuple[str, int], int]:
         raise NotImplementedError
 
     launch.accesses = cannot
-    assert narrowest(launch, ["x_ptr"]) is None
+    assert narrowest(launch, ["x"]) is None
 
 
 def test_a_launch_in_figures() -> None:
-    planned = planned_launch(100, K=1, A=1024, S=1)
-    launch: Any = Launched("normalize", 100, {None: {("load", 128): 1}, "x_ptr": {("load", 32): 1}})
+    planned = planned_launch(normalize, 100, BLOCK_A=512, PIECES=2, WIDTH_A=1024)
+    launch: Any = Launched("normalize", 100, {None: {("load", 128): 1}, "x": {("load", 32): 1}})
     moved = {"x": Moved(153600, 0), "post": Moved(153600, 0), "y": Moved(0, 153600), "w": Moved(1536, 0)}
     asked = testing.Demand.of(launch, 5000)
     (time,) = testing.predict([asked]).launches
     row = describe_launch(launch, planned, moved, 5000, time)
     assert row["idle"] == round(32 / 132, 3) and row["tile"] == {"K": 1, "A": 1024, "S": 1}
+    assert row["kernel"] == "normalize" and row["phase"] == "both"
     assert row["moved_bytes"] == 3 * 153600 + 1536 and row["dram_bytes"] == 5000
     assert row["narrowest_bits"] == 32 and row["wide_loads"] == 1.0 and row["wide_stores"] is None
     assert row["instructions"] == 8 and row["instructions_at_most"] is None and row["rounds"] == 2
@@ -238,6 +241,8 @@ def test_a_launch_in_figures() -> None:
     assert sum(row["parts_us"].values()) > row["predicted_us"] == round(time.us, 2)
     partial = describe_launch(launch, planned, {"w": Moved(4, 4)}, 0, time)
     assert not partial["streams"] and partial["narrowest_bits"] is None
+    finishing = describe_launch(launch, planned_launch(finish, 100), {"x": Moved(4, 0)}, 0, time)
+    assert finishing["phase"] is None and not finishing["streams"], "it reads the first elements of groups alone"
     unknown = describe_launch(launch, planned, moved, 5000, None)
     assert unknown.keys() == row.keys() and unknown["instructions"] is None and unknown["dram_bytes"] == 5000
 
@@ -284,7 +289,7 @@ def test_a_call_in_figures() -> None:
         functional.layer_norm(x, (64,))
     (call,) = planned
     launched: list[Any] = [
-        Launched(launch.kernel.__name__, launch.grid, {"x_ptr": {("load", 128): 1}}) for launch in call.plan.launches
+        Launched(launch.kernel.__name__, launch.grid, {"x": {("load", 128): 1}}) for launch in call.plan.launches
     ]
     hardware = testing.HARDWARE["h100"]
     row = describe_call({"case": "made up"}, call, launched, hardware)

@@ -47,7 +47,7 @@ def test_columns_of_several_groups(
         dy = torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=fmt)
         got = torch.autograd.grad(y, leaves, dy)
     if affine or norm == "batch":  # without parameters, the channels of a group are not told from pixels
-        folds = [launch.constants["FOLD"][0] for p in planned for launch in p.plan.launches if "X" in launch.constants]
+        folds = [launch.given["FOLD"][0] for p in planned for launch in p.plan.launches if "x" in launch.operands]
         assert len(folds) >= 2 and min(folds) > 1, folds
     exact = {id(t): leaf(t) for t in (x, w, b, pre, post) if t is not None}
     spread = (1, -1, *(1,) * (len(shape) - 2))

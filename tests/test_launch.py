@@ -113,11 +113,11 @@ with virtual_device("h200") as gpu:
     knobs.runtime.launch_enter_hook.add(hook)
     try:
         F.layer_norm(x, (4,))
-        assert isinstance(gpu.launches[-1].arguments["x_ptr"], Tensor), "not through the binder"
+        assert isinstance(gpu.launches[-1].arguments["x"], Tensor), "not through the binder"
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
     F.layer_norm(x, (4,))
-    assert isinstance(gpu.launches[-1].arguments["x_ptr"], int)
+    assert isinstance(gpu.launches[-1].arguments["x"], int)
 """)
 
 

@@ -210,7 +210,9 @@ def test_functionalize(name: str, device: torch.device) -> None:
         state = {k: t.detach() for k, t in norm.state_dict().items()}
         torch.testing.assert_close(torch.func.functionalize(function)(state, x), function(state, x))
         gradient = torch.func.grad(lambda state, x, function=function: function(state, x)[0].pow(3).sum(), argnums=1)
-        torch.testing.assert_close(torch.func.functionalize(gradient)(state, x), gradient(state, x))
+        # Sums in another order: as far apart as fp32 is around the largest of the gradients, which is about 20.
+        found, expected = torch.func.functionalize(gradient)(state, x), gradient(state, x)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d"])

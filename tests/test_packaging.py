@@ -45,11 +45,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_import_from_the_checkout_binds_no_top_level_kernels() -> None:
-    code = "import sys, normops.kernels.forward; print([m for m in sys.modules if m.split('.')[0] == 'kernels'])"
+    code = "import sys, normops.kernels.stream; print([m for m in sys.modules if m.split('.')[0] == 'kernels'])"
     assert succeed("-c", code, cwd=ROOT).strip() == "[]"
 
 
-@pytest.mark.parametrize("module", ["kernels", "kernels.forward"])
+@pytest.mark.parametrize("module", ["kernels", "kernels.stream"])
 def test_kernels_refuses_to_be_a_top_level_package(module: str) -> None:
     done = run("-c", f"import {module}", cwd=ROOT)
     assert done.returncode != 0
@@ -63,7 +63,7 @@ def test_version_of_the_wheel_is_the_version_of_the_package(wheel: Path) -> None
 
 def test_wheel_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    assert {"normops/__init__.py", "normops/py.typed", "normops/kernels/forward.py"} <= set(names)
+    assert {"normops/__init__.py", "normops/py.typed", "normops/kernels/stream.py"} <= set(names)
     assert {f"normops/kernels/{f.name}" for f in (ROOT / "kernels").glob("*.py")} <= set(names)
     assert {f"normops/testing/{f.name}" for f in (ROOT / "normops/testing").glob("*.py")} <= set(names)
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"normops"}
@@ -77,7 +77,7 @@ def test_wheel_works_beside_a_distribution_named_kernels(wheel: Path, tmp_path: 
     (site / "kernels").mkdir()
     (site / "kernels" / "__init__.py").write_text("OTHER = True\n")
     code = (
-        "import kernels, normops, normops.kernels.forward as f\n"
+        "import kernels, normops, normops.kernels.stream as f\n"
         "assert kernels.OTHER\n"
         "print(normops.__file__); print(f.__file__)"
     )

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -249,22 +249,33 @@ def test_a_dirty_workspace_is_found() -> None:
         centred(3, 40, 5, "dirty")
 
 
+class Parts(NamedTuple):
+    x: Any
+    out: Any
+    absent: Any = None
+
+
 @triton.jit
 def double(parts, n, scale: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x_ptr, stride, y_ptr = parts
-    x = tl.load(x_ptr + i * stride, mask=i < n, other=0.0).to(scale[0][1])
+    stride, y_ptr = parts.out
+    x = tl.load(parts.x + i * stride, mask=i < n, other=0.0).to(scale[0][1])
+    if parts.absent is not None:
+        x += tl.load(parts.absent + i)
     tl.store(y_ptr + i, (x * scale[0][0]).to(y_ptr.dtype.element_ty), mask=i < n)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_views_and_strides(dtype: torch.dtype) -> None:
-    """Tensors in tuples; x is a column, y a piece of the same storage; nothing else changes, and x needs a gradient."""
+    """Tensors in tuples, with names and without.
+
+    x is a column, y a piece of the same storage; nothing else changes, and x needs a gradient.
+    """
     whole = torch.arange(64, dtype=dtype)
     before = whole.clone()
     x, y = whole[:32].view(8, 4)[:, 1].requires_grad_(), whole[40:48]
     address = whole.data_ptr()
-    race(double, 4, ((x, x.stride(0), y), 8), {"scale": ((2.0, tl.float32), "other"), "BLOCK": 2})
+    race(double, 4, (Parts(x, (x.stride(0), y)), 8), {"scale": ((2.0, tl.float32), "other"), "BLOCK": 2})
     assert torch.equal(y, 2 * before[1:32:4]) and whole.data_ptr() == address
     before[40:48] = y
     assert torch.equal(whole, before)

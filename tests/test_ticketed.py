@@ -5,6 +5,11 @@ Races run in Triton's interpreter, see normops/testing/race.py for what they can
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,18 +20,21 @@ from torch import Tensor
 
 from normops import schedule
 from normops.compiled import INTERPRETED
-from normops.kernels import ticketed as kt
-from normops.kernels.tickets import turn
+from normops.kernels.bundles import ABSENT, Operands
+from normops.kernels.grad_stream import grad_stream
+from normops.kernels.stream import stream
+from normops.kernels.tickets import pair
 from normops.launch import Step
 from normops.plan import Launch, Plan
 from normops.testing import Planned, plans, race
-from tests.ticketed_calls import CASES, EPS, MOMENTUM, SMALL, Call, bits, within
+from tests.ticketed_calls import CASES, EPS, MOMENTUM, SMALL, Call, bits, rows_alone, within
 
+ROOT = Path(__file__).resolve().parents[1]
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="races in the interpreter: TRITON_INTERPRET=1")
 
 WRITES = {
-    kt.ticketed: {"sum", "y", "mean", "rstd", "part_mean", "part_m2"},
-    kt.grad_ticketed: {"dx", "dpost", "dw", "db", "t1", "t0", "c1", "c0", "p1", "p0"},
+    stream: {"sum", "y", "mean", "rstd", "part_mean", "part_m2"},
+    grad_stream: {"dx", "dpost", "dw", "db", "c1", "c0", "p1", "p0"},
 }
 UPDATES = {"running_mean", "running_var"}
 GUARD = -(1 << 20)
@@ -38,18 +46,30 @@ def ticketed_launch(plan: Plan) -> Launch:
     return plan.launches[0]  # a second one adds up dw and db
 
 
-def unit_tiles(plan: Plan, launch: Launch) -> int:
-    blocks_a = -(-plan.streamed.extent("a") // launch.constants["BLOCK_A"])
-    return blocks_a * launch.given["chunks_s"]
+def chunks(plan: Plan) -> int:
+    """Along s, of a group."""
+    return -(-plan.streamed.extent("s") // ticketed_launch(plan).tile[2])
+
+
+def unit_tiles(plan: Plan) -> int:
+    return -(-plan.streamed.extent("a") // ticketed_launch(plan).tile[1]) * chunks(plan)
+
+
+def all_tiles(plan: Plan) -> int:
+    launch = ticketed_launch(plan)
+    return launch.grid - launch.given["number"]
 
 
 class Raced:
     """The ticketed launch of one direction, as it ran in the sequential interpreter, to run again in many ways."""
 
     def __init__(self, planned: Planned, running: dict[str, Tensor]) -> None:
-        self.plan, self.launch, self.operands = planned.plan, ticketed_launch(planned.plan), dict(planned.operands)
-        self.writes = WRITES[self.launch.kernel] & set(self.operands) & set(self.launch.pointers)
-        self.updates = UPDATES & set(self.operands) & set(self.launch.pointers)
+        self.plan, self.launch = planned.plan, ticketed_launch(planned.plan)
+        self.unit, self.tiles = unit_tiles(self.plan), all_tiles(self.plan)
+        given = self.launch.operands.items()
+        self.operands = {name: planned.operands[call] for name, call in given if call in planned.operands}
+        self.writes = WRITES[self.launch.kernel] & self.operands.keys()
+        self.updates = UPDATES & self.operands.keys()
         self.before = {name: running[name] for name in self.updates}
         self.expected = {name: self.operands[name].detach().clone() for name in self.writes | self.updates}
         self.words = torch.full((self.plan.words + 64,), GUARD, dtype=torch.int32)
@@ -75,15 +95,17 @@ class Raced:
             self.verify(launches)
             self.poison()
 
-        scalars = {"eps": EPS, "momentum": MOMENTUM}
-        given = self.launch.given | {"lead": lead}
-        names = self.launch.kernel.arg_names[len(self.launch.pointers) :]
-        args = [self.operands.get(name) for name in self.launch.pointers]
-        args += [scalars.get(given[name], given[name]) for name in names[: len(self.launch.scalars)]]
-        kwargs = {**self.launch.constants, "num_warps": self.launch.num_warps}
+        scalars = {"eps": EPS, "momentum": MOMENTUM, "number": lead}
+        names = self.launch.kernel.arg_names[1:-1]
+        args = [scalars.get(name, value) for name, value in zip(names, self.launch.scalars, strict=True)]
+        operands = Operands(**self.operands)
         self.poison()
-        # The longest launch takes a second.
-        race(self.launch.kernel, self.launch.grid, args, kwargs, repeats=repeats, between=between, timeout=10, **kw)
+        race(
+            self.launch.kernel, self.tiles + lead, [operands, *args, self.launch.form],
+            {"num_warps": self.launch.num_warps}, repeats=repeats, between=between,
+            timeout=10,  # the longest launch takes a second
+            **kw,
+        )  # fmt: skip
         self.verify(repeats)
 
 
@@ -100,19 +122,21 @@ def test_the_cases_cover_every_way_of_a_launch(monkeypatch: pytest.MonkeyPatch) 
     with schedule.forced(engine="ticketed", **SMALL):
         for name in CASES:
             Call(name).run()
-    launches = [ticketed_launch(plan) for plan in found]
     for kernel in WRITES:
-        mine = [(plan, launch) for plan, launch in zip(found, launches, strict=True) if launch.kernel is kernel]
+        mine = [(p, p.launches[0]) for p in found if p.engine == "ticketed" and p.launches[0].kernel is kernel]
         seen = {
-            "several units": sum(1 < unit_tiles(p, one) < one.grid // 2 for p, one in mine),
-            "blocks of chunks": sum(one.constants["FAN"] > 0 and one.given["chunks_s"] > 2 for _, one in mine),
-            "all chunks at once": sum(one.constants["FAN"] == 0 and unit_tiles(p, one) > 1 for p, one in mine),
-            "folded": sum(one.constants["FOLD"][0] > 1 for _, one in mine),
-            "along m": sum(one.constants["ALONG_M"] for _, one in mine),
+            "one unit": sum(unit_tiles(p) == all_tiles(p) for p, _ in mine),
+            "several units": sum(1 < unit_tiles(p) < all_tiles(p) for p, _ in mine),
+            "blocks of chunks": sum(one.form.FAN > 0 and chunks(p) > 2 for p, one in mine),
+            "all chunks at once": sum(one.form.FAN == 0 and unit_tiles(p) > 1 for p, one in mine),
+            "folded": sum(one.form.FOLD[0] > 1 for _, one in mine),
+            "along m": sum(one.form.ALONG_M for _, one in mine),
+            "activation": sum(one.form.ACT != "identity" for _, one in mine),
         }
-        if kernel is kt.grad_ticketed:
-            for key in ("ROWS", "DIRECT"):
-                seen |= {f"{key} {on}": sum(one.constants[key] is on for _, one in mine) for on in (True, False)}
+        for key in ("POST", "SUM" if kernel is stream else "DPOST"):
+            seen[key] = sum(getattr(one.form, key) != ABSENT for _, one in mine)
+        if kernel is grad_stream:
+            seen |= {f"DIRECT {on}": sum(one.form.DIRECT is on for _, one in mine) for on in (True, False)}
         assert min(seen.values()) >= 2, seen
 
 
@@ -120,7 +144,7 @@ def test_the_cases_cover_every_way_of_a_launch(monkeypatch: pytest.MonkeyPatch) 
 def test_statistics_run_ahead_by_a_unit_at_least(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or an apply would wait for a ticket after its own; and by no more than there are."""
     found = planned_only(monkeypatch)
-    none = dict.fromkeys(("forward", "forward_batch", "backward", "backward_affine"), 0)  # whole groups fit nowhere
+    none = dict.fromkeys(("forward", "backward", "backward_affine"), 0)  # whole groups fit nowhere
     limits = [{"engine": "ticketed", **sizes, "ahead": ahead} for ahead in (0, 1, 1000) for sizes in (SMALL, {})]
     limits += [{**none, **SMALL, "window": window, "ahead": 1000} for window in (1 << 10, 1 << 12)]
     for changed in limits:
@@ -128,53 +152,64 @@ def test_statistics_run_ahead_by_a_unit_at_least(monkeypatch: pytest.MonkeyPatch
             for name in CASES:
                 Call(name).run()
     found = [plan for plan in found if plan.engine == "ticketed"]
-    assert len(found) > 6 * 2 * len(CASES)  # all that were forced, and some that fit the windows
+    directions = sum(1 if rows_alone(name) else 2 for name in CASES)
+    assert len(found) > 6 * directions  # all that were forced, and some that fit the windows
     for plan in found:
-        launch = ticketed_launch(plan)
-        assert unit_tiles(plan, launch) <= launch.given["lead"] <= launch.grid // 2
+        assert unit_tiles(plan) <= ticketed_launch(plan).given["number"] <= all_tiles(plan)
+        assert all_tiles(plan) % unit_tiles(plan) == 0
 
 
 @triton.jit
-def turns(applies_ptr, tile_ptr, lead):
+def pairs(out_ptr, lead):
     ticket = tl.program_id(0)
-    applies, tile = turn(ticket, lead)
-    tl.store(applies_ptr + ticket, applies)
-    tl.store(tile_ptr + ticket, tile)
+    begins, tile, applies, applied = pair(ticket, lead)
+    tl.store(out_ptr + 4 * ticket, begins)
+    tl.store(out_ptr + 4 * ticket + 1, tile)
+    tl.store(out_ptr + 4 * ticket + 2, applies)
+    tl.store(out_ptr + 4 * ticket + 3, applied)
 
 
-@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("tiles", [1, 2, 3, 4, 6, 12])
 def test_no_apply_waits_for_a_later_ticket(tiles: int, device: torch.device) -> None:
-    """Each tile has one ticket of either kind, and the statistics of its unit have tickets before that of its apply."""
-    applies, tile = (torch.empty(2 * tiles, dtype=torch.int32, device=device) for _ in range(2))
+    """Each tile has its statistics and its apply in one ticket each, and no statistics of its unit come after that
+    apply; nor does a program touch memory outside the tiles for what it does not do."""
     for lead in range(1, tiles + 1):
-        turns[(2 * tiles,)](applies, tile, lead)
-        order = [*zip(applies.tolist(), tile.tolist(), strict=True)]
-        assert sorted(order) == [(kind, i) for kind in (0, 1) for i in range(tiles)]
-        at = {one: ticket for ticket, one in enumerate(order)}
-        assert [i for kind, i in order if kind] == sorted(range(tiles))  # in order, each as soon as it may
+        out = torch.empty(tiles + lead, 4, dtype=torch.int32, device=device)
+        pairs[(tiles + lead,)](out, lead)
+        order = out.tolist()
+        statistics = {tile: ticket for ticket, (begins, tile, _, _) in enumerate(order) if begins}
+        apply = {tile: ticket for ticket, (_, _, applies, tile) in enumerate(order) if applies}
+        assert sum(row[0] for row in order) == sum(row[2] for row in order) == tiles
+        assert [*statistics] == [*apply] == [*range(tiles)]  # in order, each as soon as it may
+        assert all(row[0] or row[2] for row in order)
+        assert all(0 <= tile < tiles for row in order for tile in (row[1], row[3]))
         for unit in (u for u in range(1, lead + 1) if tiles % u == 0):
             for i in range(tiles):
                 first = i // unit * unit
-                assert all(at[0, j] < at[1, i] for j in range(first, first + unit)), (lead, unit, i)
+                assert all(statistics[j] < apply[i] for j in range(first, first + unit)), (lead, unit, i)
 
 
 @interpreted
 @pytest.mark.parametrize("name", CASES)
 def test_races_end_with_the_bits_of_one_program_after_the_other(name: str) -> None:
-    """In whatever order programs run, and however far statistics run ahead."""
+    """In whatever order programs run, however many at a time, and however far statistics run ahead."""
     call = Call(name)
     before = {key: t.clone() for key, t in call.running.items()}
     with schedule.forced(engine="ticketed", **SMALL), plans() as planned, within(20):
         found = call.run()
     call.check(found)
-    assert len(planned) == 2
-    for direction, one in enumerate(planned):
+    assert [one.plan.engine for one in planned] == ["ticketed", "split" if rows_alone(name) else "ticketed"]
+    for direction, one in enumerate(one for one in planned if one.plan.engine == "ticketed"):
         raced = Raced(one, before)
-        unit, tiles = unit_tiles(raced.plan, raced.launch), raced.launch.grid // 2
-        assert unit <= tiles
+        unit, tiles = raced.unit, raced.tiles
         seed = call.random.getrandbits(16)
-        raced.race(unit, 3, processes=4 + direction, seed=seed)
-        raced.race(call.random.randint(unit, tiles), 2, processes=5 - direction, seed=seed + 1, jitter=0.3)
+        raced.race(unit, 2, processes=4 + direction, seed=seed)
+        # A single program at a time would wait for ever, if it waited for one that has not begun.
+        raced.race(unit, 1, processes=1, seed=seed, jitter=0.0)
+        # Up to a unit further: the first applies of the unit where statistics end come before that end, others after.
+        further = call.random.randint(unit, min(2 * unit, tiles))
+        raced.race(further, 1, processes=5 - direction, seed=seed + 1, jitter=0.3)
+        raced.race(tiles, 1, processes=4, seed=seed + 2)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the programs of a launch one after the other; races vary that")
@@ -190,4 +225,43 @@ def test_a_gpu_ends_with_the_same_bits_each_time(name: str, device: torch.device
                 call.running[key].copy_(t)
             for key, t in call.run().items():
                 assert torch.equal(bits(t), bits(found[key])), f"{key} differs after launch {n}"
-    assert {one.plan.engine for one in planned} == {"ticketed"}
+    assert {one.plan.engine for one in planned} == ({"ticketed", "split"} if rows_alone(name) else {"ticketed"})
+
+
+COMPILED = """
+import re, torch
+from normops import functional as F, schedule
+from normops.testing import virtual_device
+
+KINDS = {
+    "stored": r"st\\.global", "barrier": r"bar\\.sync", "arrive": r"atom\\.global\\.gpu\\.acq_rel\\.add",
+    "publish": r"atom\\.global\\.gpu\\.release\\.add", "wait": r"ld\\.acquire\\.gpu", "loaded": r"ld\\.global\\.cg",
+    "leave": r"red\\.relaxed\\.gpu\\.global\\.inc",
+}
+x, w = torch.randn(8, 64, 28, 28, dtype=torch.bfloat16), torch.ones(64)
+with virtual_device("h200") as gpu, schedule.forced(engine="ticketed"):
+    for format in (torch.contiguous_format, torch.channels_last):
+        leaves = [x.contiguous(memory_format=format).requires_grad_(), w.clone().requires_grad_()]
+        y = F.batch_norm(leaves[0], None, None, *leaves[1:], None, True)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    for launch in gpu.launches:
+        lines = launch.asm["ptx"].splitlines()
+        print(launch.name, *(kind for line in lines for kind, text in KINDS.items() if re.search(text, line)))
+"""
+
+
+def test_barriers_stand_where_a_single_thread_speaks_for_all() -> None:
+    """In PTX: between what all threads did, and what thread 0 tells of it; races have one thread in a program."""
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMPILED], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    launches = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in launches] == ["stream", "grad_stream"] * 2
+    assert {kinds.count("arrive") for _, *kinds in launches} == {1, 2}  # of a unit; of a block of chunks and its unit
+    for name, *kinds in launches:
+        text = " ".join(kinds)
+        for told in ("arrive", "publish"):
+            after_all = re.findall(rf"stored( loaded)* barrier( barrier| loaded)* {told}", text)
+            assert text.count(told) == len(after_all), (name, text)
+        assert text.count("arrive") == text.count("arrive barrier"), (name, text)
+        assert re.search(r"wait( loaded)+( stored)+ barrier leave$", text), (name, text)

@@ -56,15 +56,15 @@ SIZES = [2**i for i in range(11, 19)]
 
 
 def test_a_crossover_is_found() -> None:
-    """On chip is faster up to 65536, where the limit says 16384."""
+    """On chip is faster up to 65536, where the limit says 49152."""
     rows = [r for n in SIZES for r in call(n, resident=8.0 if n <= 65536 else 14.0, ticketed=10.0)]
     found = proposed("forward", content(rows))
-    assert (found.current, found.value) == (16384, 65536)
-    assert (found.agree, found.decided, found.changed, found.slower) == (8, 8, 2, ())
-    assert found.gain == pytest.approx(1.25), "of the two calls that would change"
+    assert (found.current, found.value) == (49152, 65536)
+    assert (found.agree, found.decided, found.changed, found.slower) == (8, 8, 1, ())
+    assert found.gain == pytest.approx(1.25), "of the call that would change"
     (group,) = groups([content(rows)])
     assert comment(group, found) == (
-        "forward: # measured: NVIDIA Made-up, abcdef0: 65536, 1.25x faster than 16384 over 2 calls, 8 of 8 calls agree"
+        "forward: # measured: NVIDIA Made-up, abcdef0: 65536, 1.25x faster than 49152 over 1 calls, 8 of 8 calls agree"
     )
 
 
@@ -80,10 +80,10 @@ def test_a_crossover_below_the_limit_too_and_who_becomes_slower() -> None:
 
 
 def test_a_limit_that_is_right_stands() -> None:
-    rows = [r for n in SIZES for r in call(n, resident=8.0 if n <= 16384 else 14.0, ticketed=10.0)]
+    rows = [r for n in SIZES for r in call(n, resident=8.0 if n <= 32768 else 14.0, ticketed=10.0)]
     found = proposed("forward", content(rows))
-    assert (found.value, found.current, found.agree, found.changed) == (16384, 16384, 8, 0)
-    assert "16384 stands, 8 of 8 calls agree" in comment(groups([content(rows)])[0], found)
+    assert (found.value, found.current, found.agree, found.changed) == (49152, 49152, 8, 0)
+    assert "49152 stands, 8 of 8 calls agree" in comment(groups([content(rows)])[0], found)
 
 
 def test_noise_gives_no_answer() -> None:
@@ -204,7 +204,7 @@ def test_files_in_proposals_out(tmp_path: Path, capsys: pytest.CaptureFixture[st
     before = (ROOT / "normops" / "schedule.py").read_bytes()
     assert tune.main([str(path)]) == 0
     out = capsys.readouterr().out
-    assert "forward: # measured: NVIDIA Made-up, abcdef0: 65536, 1.25x faster than 16384" in out
+    assert "forward: # measured: NVIDIA Made-up, abcdef0: 65536, 1.25x faster than 49152" in out
     assert "no clear answer" in out and (ROOT / "normops" / "schedule.py").read_bytes() == before
     path.write_text('{"kind": "other"}')
     assert tune.main([str(path)]) == 2 and "must be a record of" in capsys.readouterr().err
@@ -234,7 +234,7 @@ def test_the_sweep_straddles_every_threshold() -> None:
         assert 0.4 < elements / (32 * 2**20) < 1.6, case
     for norm, limit in (("layer", limits.forward), ("layer", limits.backward_affine), ("rms", limits.forward),
                         ("instance", limits.forward), ("instance", limits.backward),
-                        ("batch", limits.forward_batch)):  # fmt: skip
+                        ("batch", limits.forward)):  # fmt: skip
         sizes = [case.group for case in SWEEP if case.norm == norm]
         assert min(sizes) < limit < max(sizes) and len(sizes) >= 8, norm
 

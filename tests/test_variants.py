@@ -27,6 +27,7 @@ from bench import providers
 from bench.cases import CASES, Case
 from bench.variants import variants
 from normops import schedule, testing
+from normops.testing.explain import phase_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ENGINES = ("", *schedule.ENGINES)
@@ -55,12 +56,13 @@ def launches(case: Case, memory_format: str, dtype: str = "bf16") -> Iterator[Ro
                 torch.autograd.grad(outputs, providers.leaves(inputs), providers.output_gradients(inputs))
         (call,) = planned
         for launch, variant in zip(call.plan.launches, found, strict=True):
-            blocks = {name: n for name, n in launch.constants.items() if name.startswith("BLOCK_")}
+            phase = phase_of(launch)
             yield {
                 "case": case.name, "norm": case.norm, "format": memory_format, "dtype": dtype, "direction": direction,
                 "planned": call.plan.engine, "kernel": variant.kernel, "key": variant.key,
-                "tile": [*blocks.values(), launch.num_warps], "wide": launch.constants.get("WIDE"),
-                "sums": any(name in launch.pointers for name in ("t1", "t0")),
+                "tile": [*launch.tile, launch.form.BLOCK_A, launch.form.BLOCK_P, launch.num_warps],
+                "wide": launch.form.WIDE,
+                "phase": phase, "sums": any(name in launch.operands.values() for name in ("t1", "t0")),
             }  # fmt: skip
 
 
@@ -129,29 +131,29 @@ def test_cases_that_differ_in_their_batch_share_kernels(found: dict[str, list[Ro
     several = {place: rows for place, rows in groups.items() if len({row["case"] for row in rows}) > 1}
     assert len(several) > 10
     for place, rows in several.items():
-        for (kernel,), same in by(rows, "kernel").items():
+        for kernel, same in by(rows, "kernel", "phase").items():
             tiles = {tuple(row["tile"]) for row in same}
             assert len(keys(same)) == len(tiles), (place, kernel)
 
 
 def test_the_batch_does_not_recompile(found: dict[str, list[Row]]) -> None:
-    """Each kernel of a call is compiled once for six batches.  Three things may set variants apart:
+    """Each kernel of a call is compiled once for six batches.  Four things may set variants apart:
 
     - A single part of dw and db is written as the result, by the same kernel with other pointers; whether there is one
       depends on how many programs the batch gives.
     - The groups of BatchNorm hold the batch, so that a tile which holds a group, or is larger than it, grows with it.
     - From 2 ** 31 elements on, offsets have 64 bits.
+    - Of 16 rows or fewer, sum_rows takes 16 at a time.
 
     A batch of one is an axis of size 1, which a layout does not have: it is compiled apart, and not among these.
     """
     swept = {(case.name, f) for case in CASES if case.name in SWEPT for f in case.formats}
     assert {(row["case"], row["format"]) for row in found["sweep"]} == swept
-    assert {row["planned"] for row in found["sweep"]} == {*schedule.ENGINES, "apply"}
-    for place, rows in by(found["sweep"], "case", "format", "engine", "direction", "kernel").items():
+    assert {row["planned"] for row in found["sweep"]} == {*schedule.ENGINES, "apply", "rows"}
+    for place, rows in by(found["sweep"], "case", "format", "engine", "direction", "kernel", "phase").items():
         sums, tiles = {row["sums"] for row in rows}, {tuple(row["tile"]) for row in rows}
-        kernel = place[-1]
-        assert len(sums) == 1 or kernel in ("grad_normalize", "grad_ticketed"), (place, "sums")
-        assert len(tiles) == 1 or rows[0]["norm"] == "batch", (place, tiles)
+        assert len(sums) == 1 or place[-2] in ("grad_normalize", "grad_stream"), (place, "sums")
+        assert len(tiles) == 1 or rows[0]["norm"] == "batch" or place[-2] == "sum_rows", (place, tiles)
         assert {row["wide"] for row in rows if row["batch"] < 1000} != {True, False}, place
         apart = len(by([row | {"tile": tuple(row["tile"])} for row in rows], "sums", "tile", "wide"))
         assert len(keys(rows)) == apart, (place, len(keys(rows)), apart)
@@ -160,7 +162,7 @@ def test_the_batch_does_not_recompile(found: dict[str, list[Row]]) -> None:
 def test_tiles_of_batch_norm_grow_by_doubling_until_they_are_full(found: dict[str, list[Row]]) -> None:
     """Five variants of a kernel at most from batch 2 to 1000; one where a sample of one channel fills the tile."""
     rows = [row for row in found["sweep"] if row["norm"] == "batch"]
-    for place, same in by(rows, "case", "format", "engine", "kernel").items():
+    for place, same in by(rows, "case", "format", "engine", "kernel", "phase").items():
         assert len(keys(same)) <= 5, place
         if place[0].startswith("resnet 256x56") and place[2] in ("ticketed", "split") and place[1] == "contiguous":
             large = [row for row in same if row["batch"] > 3]
@@ -168,15 +170,16 @@ def test_tiles_of_batch_norm_grow_by_doubling_until_they_are_full(found: dict[st
 
 
 def test_activations_and_dtypes_count_apart_and_nothing_else_does(found: dict[str, list[Row]]) -> None:
-    """Only kernels that apply an activation are compiled for each; those that see statistics alone are compiled once
-    for all dtypes of x."""
-    count = {place: len(keys(rows)) for place, rows in by(found["variety"], "engine", "kernel").items()}
+    """Only launches that apply an activation are compiled for each."""
+    count = {place: len(keys(rows)) for place, rows in by(found["variety"], "engine", "kernel", "phase").items()}
     both, statistics = len(ACTIVATIONS) * len(DTYPES), len(DTYPES)
     assert count == {
-        ("ticketed", "ticketed"): both, ("ticketed", "grad_ticketed"): both, ("ticketed", "finish_affine"): statistics,
-        ("split", "statistics"): statistics, ("split", "finish_statistics"): 1, ("split", "apply"): both,
-        ("split", "grad_statistics"): both, ("split", "finish_group"): statistics,
-        ("split", "finish_affine"): statistics, ("split", "grad_apply"): both,
+        ("ticketed", "stream", "both"): both, ("ticketed", "grad_stream", "both"): both,
+        ("ticketed", "sum_rows", None): statistics,
+        ("split", "stream", "statistics"): statistics, ("split", "finish", None): statistics,
+        ("split", "stream", "apply"): both,
+        ("split", "grad_stream", "statistics"): both, ("split", "grad_finish", None): statistics,
+        ("split", "sum_rows", None): statistics, ("split", "grad_stream", "apply"): both,
     }  # fmt: skip
 
 

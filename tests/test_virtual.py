@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -23,7 +23,8 @@ import triton.language as tl
 from triton.runtime import driver
 
 from normops import functional, launch, schedule
-from normops.testing import HARDWARE, VirtualLaunch, amdgcn, ptx, virtual_device
+from normops.kernels.norm import first_elements
+from normops.testing import HARDWARE, VirtualLaunch, virtual_device
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,6 +54,45 @@ def held(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, x / tl.sum(x, 0))
 
 
+class Operand(NamedTuple):
+    ptr: Any
+    step: Any = 1
+
+
+class Operands(NamedTuple):
+    wide: Any
+    absent: Any
+    narrow: Any
+    out: Any
+    n: Any
+
+
+@triton.jit
+def bundled(o, n, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    for k in range(o.n):
+        wide = tl.load(o.wide + k * BLOCK + i)
+        narrow = tl.load(o.narrow.ptr + i * o.narrow.step).to(tl.float32)
+        tl.store(o.out[0].ptr + n + k * BLOCK + i, wide + narrow)
+        tl.store(o.out[1].ptr + k * BLOCK + i, wide)
+
+
+@triton.jit
+def value_of(x):
+    return tl.load(x.ptr)
+
+
+@triton.jit
+def first_of(x):
+    return value_of(x)
+
+
+@triton.jit
+def paired(x, y, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(y.ptr + i * y.step, tl.load(x.ptr + i * x.step) + first_of(x))
+
+
 @triton.autotune([triton.Config({"BLOCK": 128}), triton.Config({"BLOCK": 256})], key=[])
 @triton.jit
 def tuned(x_ptr, BLOCK: tl.constexpr):
@@ -70,6 +110,7 @@ def figures(launched: VirtualLaunch) -> dict[str, Any]:
     return {name: getattr(launched, name) for name in names} | {
         "arguments": {k: type(v).__name__ for k, v in launched.arguments.items()},
         "accesses": {str(name): accesses(name) for name in (None, *launched.arguments)},
+        "parameters": [parameter.argument for parameter in launched.binary.parameters],
         "asm": sorted(launched.asm), "target": launched.binary.target.arch, "warps": launched.num_warps,
     }  # fmt: skip
 
@@ -111,12 +152,24 @@ def compile_all() -> dict[str, Any]:
             "grid": error(lambda: held[(1, 65536)](f[0], f[1], BLOCK=4096)),
             "argument": error(lambda: first.accesses("nothing")),
         }
+        o = Operands(f[0], None, Operand(half, 3), (Operand(f[1]), Operand(f[2])), 5)
+        bundled[(1,)](o, 16, BLOCK=1024)
+        kernel = bundled[(1,)](o, 16, BLOCK=1024)
+        plain = ((f[0], None, (half, 3), ((f[1], 1), (f[2], 1)), 5), 16, 1024)
+        kernel.run(1, 1, 1, 0, kernel.function, kernel.packed_metadata, None, None, None, *plain)
+        paired[(1,)](Operand(f[0]), Operand(half, 2), BLOCK=1024)
+        found["bundled"] = [figures(launched) for launched in gpu.launches[-4:]]
+        found["trips"] = [launched.executed["loads"] for launched in gpu.launches[-4:]]
+        last = gpu.launches[-1]
+        found["without"] = [[*last.accesses(name, first_of).items()] for name in ("x.ptr", None)]
+        found["field"] = gpu.launches[-2].arguments["wide"] is f[0] and gpu.launches[-1].arguments["x.ptr"] is f[0]
         before = len(gpu.launches)
         with virtual_device("mi300x") as other:
             launch_mixed((2,))
             found["mi300x"] = [figures(launched) for launched in other.launches]
         held[(1,)](f[0], f[1], BLOCK=4096)
         functional.layer_norm(torch.empty(64, 4096, dtype=torch.bfloat16), (4096,))
+        found["tile"] = [*gpu.launches[-1].accesses("x", first_elements)]
         found["after"] = [launched.name for launched in gpu.launches[before:]]
         found["normops"] = figures(gpu.launches[-1])
     found["errors"]["closed"] = error(lambda: single.run(
@@ -201,6 +254,24 @@ def test_an_address_from_either_of_two_arguments_counts_for_both(found: dict[str
     assert accesses["out_ptr"] == {"store 128": 2}
 
 
+def test_fields_of_named_tuples_are_arguments_of_their_own(found: dict[str, Any]) -> None:
+    """By their own names, but where two have the same; whether a tuple or a named one is launched with."""
+    first, _, plain, pair = found["bundled"]
+    assert first["parameters"] == plain["parameters"] == ["wide", "ptr", "step", "out", "out", "o.n", "n"]
+    given = {"wide": "Tensor", "ptr": "Tensor", "step": "int", "out": "tuple", "o.n": "int", "n": "int"}
+    assert first["arguments"] == plain["arguments"] == given
+    for row in (first, plain):
+        assert row["accesses"]["wide"] == {"load 128": 2} and row["accesses"]["ptr"] == {"load 16": 8}
+        assert row["accesses"]["out"] == {"store 128": 4} and row["accesses"]["n"] == {}
+    assert pair["parameters"] == ["x.ptr", "y.ptr", "y.step"], "the step of x is 1, and compiled in"
+    assert pair["accesses"]["x.ptr"] == {"load 128": 2, "load 32": 1} and pair["accesses"]["y.ptr"] == {"store 16": 8}
+    assert found["field"] and found["trips"] == [5 * 10, 5 * 10, 5 * 10, 3], "an integer inside decides about a loop"
+
+
+def test_accesses_of_a_function_can_be_left_out(found: dict[str, Any]) -> None:
+    assert found["without"] == [[[["load", 128], 2]], [[["load", 128], 2], [["store", 16], 8]]]
+
+
 def test_waves(found: dict[str, Any]) -> None:
     first, clustered = found["h200"][0], found["h200"][5]
     assert first["waves"] == 264 * 2 / (first["resident"] * 132)
@@ -219,7 +290,10 @@ def test_two_devices_in_one_process(found: dict[str, Any]) -> None:
 
 def test_kernels_of_normops(found: dict[str, Any]) -> None:
     row = found["normops"]
-    assert row["spills"] == 0 and row["accesses"]["x_ptr"] == {"load 128": row["accesses"]["x_ptr"]["load 128"]}
+    assert row["spills"] == 0 and row["accesses"]["y"] == {"store 128": row["accesses"]["y"]["store 128"]}
+    assert row["accesses"]["x"].keys() == {"load 128", "load 16"} and found["tile"] == [["load", 128]], (
+        "the first element of each row is read beside it"
+    )
 
 
 def test_everything_is_put_back(found: dict[str, Any]) -> None:
@@ -274,63 +348,3 @@ def test_hardware() -> None:
         assert hardware.copy_us(0) == 1e6 * hardware.copy_start and 1e9 < hardware.clock < 3e9
         assert 0 < hardware.l2_window < hardware.l2_bytes
     assert HARDWARE["h200"].copy_bandwidth == 4.3e12 and HARDWARE["h200"].l2_window == 20 << 20
-
-
-PTX = """
-.visible .entry k(.param .u64 .ptr .global .align 1 k_param_0, .param .u64 k_param_1, .param .u32 k_param_2)
-.reqntid 256
-{
-\t.local .align 8 .b8 \t__local_depot0[24];
-\t.reg .b64 %rd<9>;
-\tld.param.b64 \t%rd1, [k_param_0];
-$L__BB0_1: // st.global.b32 [%rd1], %r1;
-\tld.param.u64 %rd2, [k_param_1];
-\tmul.wide.s32 \t%rd3, %r2, 4; add.s64 %rd4, %rd1, %rd3;
-\tsetp.lt.u64 %p2, %rd2, %rd1;
-\t@%p1 ld.global.L1::evict_last.L2::cache_hint.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd4 + 16 ], %rd9;
-\t@!%p1 ld.volatile.global.v2.u64 {%rd5, %rd6}, [%rd2+8];
-\tcp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6;
-\tcp.async.commit_group;
-\tst.shared.b64 [%r5], %rd2; ld.shared.b64 %rd7, [%r5];
-\tst.global.cs.b8 [%rd7], %rs1;
-\tst.global.b16 [%rd5], %rs1; // an address out of memory
-\tatom.global.gpu.acq_rel.add.f32 %f1, [%rd4], %f2; atom.shared.add.u32 %r7, [%r5], 1; redux.sync.add.s32 %r8, %r7, -1;
-\tred.global.add.f32 [%rd2], %f1;
-\tbar.sync 0; bar.warp.sync -1; mbarrier.init.b64 [%r5], 1;
-\tbarrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;
-\tret;
-}
-"""
-
-
-def test_ptx() -> None:
-    none, first, second = frozenset(), frozenset([0]), frozenset([1])
-    assert ptx.accesses(PTX, frozenset([0, 1])) == (
-        ("load", 128, first), ("load", 128, second), ("load", 128, first), ("store", 8, second), ("store", 16, none),
-    )  # fmt: skip
-    assert ptx.barriers(PTX) == 2 and ptx.atomics(PTX) == 2
-    assert ptx.arrays(PTX) == 24 and ptx.threads(PTX) == 256
-
-
-AMDGCN = """
-\ts_load_dwordx4 s[0:3], s[0:1], 0x0
-\tglobal_load_dwordx4 v[0:3], v4, s[0:1]
-\tbuffer_load_ushort v5, v4, s[4:7], 0 offen
-\tglobal_load_short_d16_hi v5, v4, s[0:1]
-\tbuffer_store_byte v5, v4, s[4:7], 0 offen
-\tflat_store_b64 v[0:1], v[2:3]
-\tds_read_b128 v[0:3], v4
-\tglobal_atomic_add_f32 v4, v5, s[0:1]
-\ts_barrier
-    .vgpr_count:     12
-"""
-
-
-def test_amdgcn() -> None:
-    assert amdgcn.accesses(AMDGCN) == (("load", 128), ("load", 16), ("load", 16), ("store", 8), ("store", 64))
-    assert amdgcn.barriers(AMDGCN) == amdgcn.atomics(AMDGCN) == 1
-    assert amdgcn.figure(AMDGCN, "vgpr_count") == 12
-    with pytest.raises(ValueError, match="vgpr_spill_count"):
-        amdgcn.figure(AMDGCN, "vgpr_spill_count")
-    with pytest.raises(ValueError, match="format"):
-        amdgcn.accesses("\tbuffer_load_format_xyzw v[0:3], v4, s[4:7], 0 idxen\n")

@@ -1,4 +1,4 @@
-"""Calls that the ticketed engine takes, of every pattern: their shapes come from a seed, odd ones among them."""
+"""Calls whose forward the ticketed engine takes, of every pattern; a seed chooses their shapes, odd ones among them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from normops import functional as F
 from tests.tolerance import TINY, check, leaf, oracle
 
 EPS, MOMENTUM = 1e-5, 0.3
-SMALL = {**TINY, "grad_rows": 2}
+SMALL = TINY
 """Tiles so small that a few hundred elements have several units of several tiles."""
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -52,6 +52,8 @@ GROUP = Norm(lambda x, w, b, **k: F.group_norm(x, 4, w, b, **k), channel, (2, 3,
 ROWS = Norm(lambda x, w, b, **k: F.layer_norm(x, x.shape[-1:], w, b, **k), lambda s: s[-1:], (-1,), flat=False)
 WHOLE = Norm(lambda x, w, b, **k: F.layer_norm(x, x.shape[1:], w, b, **k), lambda s: s[1:], (1, 2, 3), flat=False)
 CHANNELS = Norm(lambda x, w, b, **k: F.normalize(x, (1,), w, b, **k), channel, (1,), flat=False)
+LINES = Norm(lambda x, w, b, **k: F.normalize(x, (1, 2), w, b, **k), lambda s: (s[0], 1, 1, 1), (1, 2), flat=False)
+PLATES = Norm(lambda x, w, b, **k: F.normalize(x, (1, 2), w, b, **k), lambda s: (*s[:2], 1, 1), (1, 2), flat=False)
 RMS = Norm(lambda x, w, b, **k: F.rms_norm(x, x.shape[-1:], w, EPS, **k), lambda s: s[-1:], (-1,), False, center=False)
 
 # Bounds of each extent of x, both included; "last": channels_last.
@@ -77,9 +79,18 @@ CASES = {
     "channels": (CHANNELS, ((2, 3), (5, 9), (2, 4), (3, 5)), "", torch.float32, ("pre",)),
     "channels, activation": (CHANNELS, ((1, 3), (9, 15), (2, 4), (3, 5)), "", torch.bfloat16, ("act", "post")),
     "channels, last": (CHANNELS, ((1, 1), (50, 80), (1, 1), (2, 3)), "last", torch.float64, ()),
+    "lines": (LINES, ((1, 3), (3, 5), (4, 7), (9, 13)), "", torch.float32, ("post",)),
+    "lines, sum": (LINES, ((2, 3), (3, 5), (4, 7), (9, 13)), "", torch.bfloat16, ("pre", "act")),
+    "plates": (PLATES, ((1, 3), (3, 5), (9, 13), (3, 9)), "", torch.float32, ("post", "act")),
     "rms": (RMS, ((3, 4), (70, 110)), "", torch.float32, ("pre", "act")),
     "rms, activation": (RMS, ((3, 4), (70, 110)), "", torch.bfloat16, ("post", "act")),
 }  # fmt: skip
+
+
+def rows_alone(name: str) -> bool:
+    """Whether parameters vary along all that is averaged over: the sums for them are as large as x, and such a
+    backward is split."""
+    return CASES[name][0] in (ROWS, WHOLE, CHANNELS, RMS)
 
 
 @contextmanager

@@ -25,7 +25,8 @@ _SWIZZLED = re.compile(r"(#\w+) = #ttg\.nvmma_shared<\{swizzlingByteWidth = (\d+
 
 
 class Parameter(NamedTuple):
-    """A parameter of the compiled kernel: the argument that it belongs to (a tuple has several)."""
+    """A parameter of the compiled kernel: the argument that it belongs to (a tuple has several; of a NamedTuple each
+    field is one)."""
 
     argument: str
     pointer: bool
@@ -139,15 +140,20 @@ class Binary:
         pointers = frozenset(i for i, p in enumerate(self.parameters) if p.pointer)
         return ptx.accesses(self._text, pointers)
 
-    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
-        """See VirtualLaunch.accesses."""
+    def accesses(
+        self, argument: str | None = None, without: frozenset[str] = frozenset()
+    ) -> dict[tuple[str, int], int]:
+        """See VirtualLaunch.accesses; `without`: lines of the source, as "file:line", whose accesses do not count."""
+        if without and self.target.backend != "cuda":
+            raise NotImplementedError("lines of accesses are known on NVIDIA only: leave without out")
         if argument is None:
             if self.target.backend != "cuda":
                 return dict(Counter(amdgcn.accesses(self._text)))
-            return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses))
+            return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses if not a.lines & without))
         if self.target.backend != "cuda":
             raise NotImplementedError("accesses of one argument are told apart on NVIDIA only: leave argument out")
         if any(p.rank for p in self.parameters):
             raise NotImplementedError("accesses of one argument are not told apart in kernels with tensor descriptors")
         mine = {i for i, p in enumerate(self.parameters) if p.pointer and p.argument == argument}
-        return dict(Counter((a.kind, a.bits) for a in self._ptx_accesses if a.parameters & mine))
+        found = (a for a in self._ptx_accesses if a.parameters & mine and not a.lines & without)
+        return dict(Counter((a.kind, a.bits) for a in found))

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ..kernels import backward as kb
-from ..kernels import forward as kw
-from ..plan import Plan
+from ..kernels.bundles import APPLY
+from ..kernels.grad_stream import grad_stream
+from ..kernels.resident import grad_normalize, normalize
+from ..kernels.stream import stream
+from ..plan import Launch, Plan
 from .counting import KERNELS, Counted, Moved
 
 
@@ -26,10 +28,17 @@ class Hbm:
     """`bytes`, launch by launch."""
 
 
-_REVERSED = (kw.apply, kb.grad_apply)
-"""Kernels that walk from the last tile to the first."""
 STREAMS = ("x", "pre", "sum", "post", "y", "dy", "dsum", "dx", "dpost")
 """Operands of the size of x: what a launch reads of these last is what it leaves in L2."""
+
+
+TILED = (normalize, grad_normalize, stream, grad_stream)
+"""Kernels whose programs take tiles of operands of the size of x."""
+
+
+def _reversed(launch: Launch) -> bool:
+    """Whether it walks from the last tile to the first."""
+    return launch.kernel in (stream, grad_stream) and launch.form.PHASE == APPLY
 
 
 def _calls(plan: Plan, itemsizes: Mapping[str, int]) -> list[Counted]:
@@ -78,20 +87,20 @@ class _Distinct(NamedTuple):
 def _distinct(plan: Plan, itemsizes: Mapping[str, int]) -> list[_Distinct]:
     """As traffic(), but within a launch each element of an operand counts once, however often it is accessed.
 
-    What a launch counts in (tickets) is left out: it never leaves L2.
+    What a launch counts in (tickets) is left out: it never leaves L2.  So is what is read beside tiles that hold it.
     """
     sizes = dict(plan.workspace)
 
     def once(call: Counted, pointer: str, name: str) -> _Once:
         elements = sizes.get(name) or call.elements(pointer)
         (loads, stores), again = call.lanes[name], call.again.get(name, 0)
-        found = (loads - again, stores, again)
+        found = (loads - call.aside.get(name, 0) - again, stores, again)
         return _Once(*(itemsizes[name] * (n if elements is None else min(n, elements)) for n in found))
 
     return [
         _Distinct(
             {name: once(call, pointer, name) for pointer, name in call.pointers.items()
-             if name in call.lanes and name != "tickets"},
+             if name in call.lanes and call.lanes[name] != (call.aside.get(name, 0), 0) and name != "tickets"},
             sum(lanes * itemsizes[name] for name, lanes in call.between.items()),
         )
         for call in _calls(plan, itemsizes)
@@ -105,7 +114,7 @@ def hbm(plan: Plan, itemsizes: Mapping[str, int], l2_window: int) -> Hbm:
     - within a launch each element is read from DRAM once: parameters and statistics that tiles share come from caches;
       a ticketed launch finds what it reads again where the streams that go by in between fit `l2_window`, else nothing;
     - of the streams (operands of the size of x) a launch leaves the `l2_window` bytes that it touched last in L2, in
-      equal shares.  A later launch that walks in reverse (apply, grad_apply) finds these, and reads the rest from DRAM;
+      equal shares.  A later launch that walks in reverse (an apply) finds these, and reads the rest from DRAM;
       one that walks forward finds everything where all the streams of that launch fit, else nothing;
     - parameters, statistics and partial sums that an earlier launch touched are found where those read together fit
       `l2_window`; workspace that fits is overwritten or freed before it goes to DRAM.
@@ -126,7 +135,7 @@ def hbm(plan: Plan, itemsizes: Mapping[str, int], l2_window: int) -> Hbm:
             found = 0
             if m.loads and name in touched:
                 held = touched[name] if name in STREAMS else again
-                if held <= l2_window or (name in STREAMS and launch.kernel in _REVERSED):
+                if held <= l2_window or (name in STREAMS and _reversed(launch)):
                     found = m.loads * min(held, l2_window) // held
                     window = max(window, min(held, l2_window))
             if name in STREAMS and m.again:

@@ -1,7 +1,9 @@
 """What each kernel loads and stores: lanes by operand, one function for each jit function that moves something.
 
-Counts are sums over all programs of a launch, formed as products: along each axis of the tiles [BLOCK_K, BLOCK_A,
-BLOCK_S] the lanes that a mask lets through add up to the extent, and where there is no mask every tile counts.
+Counts are sums over all programs of a launch, formed as products: along each axis of the tiles [BLOCK_K, WIDTH_A,
+WIDTH_S] the lanes that a mask lets through add up to the extent, and where there is no mask every tile counts.
+
+What data decides is left out: the statistics of stream() read a chunk of several tiles again where squares cancel.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, NamedTuple
 
-from ..kernels import backward as kb
-from ..kernels import finish as kf
-from ..kernels import forward as kw
-from ..kernels import ticketed as kt
+from ..kernels.bundles import APPLY, BOTH, STATISTICS
+from ..kernels.finish import finish, grad_finish, sum_rows
+from ..kernels.grad_stream import grad_stream
+from ..kernels.resident import grad_normalize, normalize
+from ..kernels.stream import stream
 from ..plan import Launch, cdiv
 
 
@@ -58,7 +61,7 @@ class Counted:
         self.pointers, self.given = launch.operands, launch.given
         self.grid = launch.grid
         self.itemsizes = itemsizes
-        n_m, self.n_c, self.n_a, self.n_s = (prod(n or self["N0"] for n in sizes) for sizes in self["SPACE"])
+        n_m, self.n_c, self.n_a, self.n_s = (prod(n or self["n0"] for n in sizes) for sizes in self["SPACE"])
         self.points = n_m * self.n_c
         self.along = n_m if self.given.get("ALONG_M") else self.n_c
         """Points of the kept coordinates; a fold makes a group of several."""
@@ -68,6 +71,9 @@ class Counted:
         self.lanes: dict[str, Moved] = {}
         self.again: dict[str, int] = {}
         """Of the lanes loaded, those that this launch has loaded or stored before."""
+        self.aside: dict[str, int] = {}
+        """Of the lanes loaded, those whose lines of memory are read anyway: the first elements of groups, and what
+        programs read for nothing."""
         self.between: dict[str, int] = {}
         """Lanes of streams that the launch touches before it comes back to the first of them."""
 
@@ -75,7 +81,7 @@ class Counted:
         return self.given[name]
 
     def has(self, pointer: str) -> bool:
-        return self.pointers[pointer] in self.itemsizes
+        return self.pointers.get(pointer) in self.itemsizes
 
     def load(self, pointer: str, lanes: int, again: bool = False) -> None:
         self._add(pointer, Moved(lanes, 0))
@@ -83,12 +89,18 @@ class Counted:
             name = self.pointers[pointer]
             self.again[name] = self.again.get(name, 0) + lanes
 
+    def load_aside(self, pointer: str, lanes: int) -> None:
+        self.load(pointer, lanes)
+        if self.has(pointer):
+            name = self.pointers[pointer]
+            self.aside[name] = self.aside.get(name, 0) + lanes
+
     def ahead(self, tiles: _Tiles, *pointers: str) -> None:
         """What a ticketed launch touches of these streams before it reads the first element again: at most the lanes
-        of `lead` tiles in a row, most of them in whole units."""
+        of `lead` tiles in a row, most of them in whole units, and of the one that is read beside the first again."""
         k, a, s = min(self.block, self.along), min(tiles.a.block, self.n_a), min(tiles.s.block, self.n_s)
         unit = k * self.n_a * self.n_s
-        units, rest = divmod(self["lead"], tiles.a.tiles * tiles.s.tiles)
+        units, rest = divmod(self["number"] + 1, tiles.a.tiles * tiles.s.tiles)
         lanes = min(units * unit + min(rest * k * a * s, unit), tiles.lanes())
         self.between |= {self.pointers[pointer]: lanes for pointer in pointers if self.has(pointer)}
 
@@ -100,33 +112,37 @@ class Counted:
             name = self.pointers[pointer]
             self.lanes[name] = Moved(*map(sum, zip(self.lanes.get(name, Moved()), lanes, strict=True)))
 
-    def tiles(self, chunks_s: int = 1, steps_m: int = 1, visits: int = 1) -> _Tiles:
-        """The tiles of a grid over blocks of groups, blocks of a and chunks of s; steps_m: of a loop along m; visits:
-        programs of one tile."""
-        blocks_a = cdiv(self.n_a, self["BLOCK_A"])
+    def tiles(self, chunks_s: int = 1, steps_m: int = 1, more: int = 0) -> _Tiles:
+        """The tiles of a grid over blocks of groups, blocks of a and chunks of s; steps_m: of a loop along m; more:
+        programs than tiles."""
+        blocks_a = cdiv(self.n_a, self["WIDTH_A"])
         return _Tiles(
-            _Axis(self.points, self.grid // visits // (blocks_a * chunks_s) * steps_m, self["BLOCK_K"]),
-            _Axis(self.n_a, blocks_a, self["BLOCK_A"]),
-            _Axis(self.n_s, chunks_s, self["BLOCK_S"]),
+            _Axis(self.points, (self.grid - more) // (blocks_a * chunks_s) * steps_m, self["BLOCK_K"]),
+            _Axis(self.n_a, blocks_a, self["WIDTH_A"]),
+            _Axis(self.n_s, chunks_s, self["WIDTH_S"]),
         )
 
-    def affine(self, tiles: _Tiles, *pointers: str) -> None:
-        """epilogue.affine: parameters, under `wmask`."""
+    def affine(self, tiles: _Tiles, *pointers: str, pieces: int = 1) -> None:
+        """tile.load_at, under the mask of parameters; pieces: of a tile, that lie along s, where they are the same."""
         m, c, a, s = self["W"][:4]
         varies = {"k": m if self["ALONG_M"] else c, "a": a, "s": s}
         lanes = tiles.lanes("a" if self["ALONG_M"] else "ka", "".join(x for x, strides in varies.items() if strides))
         for pointer in pointers:
-            self.load(pointer, lanes)
+            self.load(pointer, lanes * pieces)
+
+    @property
+    def pieces_s(self) -> int:
+        return 1 if self["PIECES_A"] else int(self["PIECES"])
 
     def elements(self, pointer: str) -> int | None:
         """Different elements of an operand, by its strides; None where the kernel is given none."""
-        name = pointer.removesuffix("_ptr").upper()
+        name = pointer.upper()
         coordinates = self.given.get({"B": "W", "DW": "W", "DB": "W", "MEAN": "STAT", "RSTD": "STAT"}.get(name, name))
         if coordinates is None:
             return None
         varying = ((n, step) for sizes, steps in zip(self["SPACE"], coordinates[:4], strict=True)
                    for n, step in zip(sizes, steps, strict=bool(steps)) if step)  # fmt: skip
-        count: int = prod(n or self["N0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
+        count: int = prod(n or self["n0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
         return count
 
 
@@ -134,38 +150,46 @@ class Counted:
 
 
 def _read_input(call: Counted, tiles: _Tiles) -> None:
-    call.load("x_ptr", tiles.lanes())
-    if call.has("pre_ptr"):
-        call.load("pre_ptr", tiles.lanes())
-        call.store("sum_ptr", tiles.lanes())
+    call.load("x", tiles.lanes())
+    if call.has("pre"):
+        call.load("pre", tiles.lanes())
+        call.store("sum", tiles.lanes())
+
+
+def _first_elements(call: Counted, lanes: int) -> None:
+    if call["CENTER"]:
+        for pointer in ("x", "pre"):
+            call.load_aside(pointer, lanes)
 
 
 def _write_output(call: Counted, tiles: _Tiles) -> None:
-    call.affine(tiles, "w_ptr", "b_ptr")
-    call.load("post_ptr", tiles.lanes())
-    call.store("y_ptr", tiles.lanes())
+    call.affine(tiles, "w", "b", pieces=call.pieces_s)
+    call.load("post", tiles.lanes())
+    call.store("y", tiles.lanes())
 
 
 def _read_gradient(call: Counted, tiles: _Tiles, again: bool = False) -> None:
-    call.load("x_ptr", tiles.lanes(), again)
-    call.load("dy_ptr", tiles.lanes(), again)
-    if call["ACT_GRAD"] is not None:
-        call.affine(tiles, "w_ptr", "b_ptr")
-        call.load("post_ptr", tiles.lanes(), again)
+    call.load("x", tiles.lanes(), again)
+    call.load("dy", tiles.lanes(), again)
+    if call["ACT"] != "identity":
+        call.load("post", tiles.lanes(), again)
+
+
+def _parameters(call: Counted, tiles: _Tiles) -> None:
+    call.affine(tiles, "w", *(["b"] if call["ACT"] != "identity" else []), pieces=call.pieces_s)
 
 
 def _write_gradient(call: Counted, tiles: _Tiles) -> None:
-    call.store("dpost_ptr", tiles.lanes())
-    if call.has("dx_ptr"):
-        call.affine(tiles, "w_ptr")
-        call.load("dsum_ptr", tiles.lanes())
-        call.store("dx_ptr", tiles.lanes())
+    call.store("dpost", tiles.lanes())
+    if call.has("dx"):
+        call.load("dsum", tiles.lanes())
+        call.store("dx", tiles.lanes())
 
 
-def _finish_moments(call: Counted) -> None:
-    for pointer in ("mean_ptr", "rstd_ptr"):
+def _keep_moments(call: Counted) -> None:
+    for pointer in ("mean", "rstd"):
         call.store(pointer, call.groups)
-    for pointer in ("running_mean_ptr", "running_var_ptr"):
+    for pointer in ("running_mean", "running_var"):
         call.load(pointer, call.groups)
         call.store(pointer, call.groups)
 
@@ -173,160 +197,193 @@ def _finish_moments(call: Counted) -> None:
 def _normalize(call: Counted) -> None:
     tiles = call.tiles()
     _read_input(call, tiles)
-    _finish_moments(call)
+    if call["BLOCK_K"] == 1:
+        _first_elements(call, tiles.lanes("k"))
+    _keep_moments(call)
     _write_output(call, tiles)
 
 
+def _stream(call: Counted) -> None:
+    {STATISTICS: _statistics, APPLY: _apply, BOTH: _paired}[call["PHASE"]](call)
+
+
+def _chunks(call: Counted) -> int:
+    return cdiv(call.n_s, call["WIDTH_S"] * (call["number"] if call["PHASE"] == STATISTICS else 1))
+
+
 def _statistics(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"])
-    _read_input(call, tiles.looped(call["steps"]))
-    if call["CENTER"]:
-        call.store("mean_ptr", tiles.lanes("k") // call.per)
-    call.store("m2_ptr", tiles.lanes("k") // call.per)
+    tiles = call.tiles(_chunks(call))
+    _read_input(call, tiles.looped(call["number"]))
+    _first_elements(call, tiles.lanes("k"))
+    for pointer in ("part_mean", "part_m2"):
+        call.store(pointer, tiles.lanes("k") // call.per)
 
 
 def _apply(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"])
-    call.load("x_ptr", tiles.lanes())
-    for pointer in ("mean_ptr", "rstd_ptr"):
+    tiles = call.tiles(_chunks(call))
+    call.load("x", tiles.lanes())
+    for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"))
     _write_output(call, tiles)
 
 
 def _grad_normalize(call: Counted) -> None:
     tiles = call.tiles(steps_m=call["steps"])
-    for pointer in ("mean_ptr", "rstd_ptr"):
+    across = tiles.a.tiles * cdiv(call.n_c, 1 if call["ALONG_M"] else call.block)
+    for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"))
     _read_gradient(call, tiles)
-    if call.has("c1_ptr"):
-        for pointer in ("c1_ptr", "c0_ptr"):
+    # Parameters stay for the walk: of the first block of m.
+    parts = call.grid // across
+    _parameters(call, tiles._replace(k=_Axis(parts * call.n_c, parts * call.n_c, call["BLOCK_K"])))
+    if call["PHASE"] == APPLY:
+        for pointer in ("c1", "c0"):
             call.load(pointer, tiles.lanes("k"))
+    if call["PHASE"] == STATISTICS:
+        for pointer in ("p1", "p0"):
+            call.store(pointer, tiles.lanes("k"))
     else:
-        call.affine(tiles, *["w_ptr"] * (2 if call["CENTER"] else 1))
-    _write_gradient(call, tiles)
-    across = tiles.a.tiles * cdiv(call.n_c, 1 if call["ALONG_M"] else call.block)
-    for pointer in ("dw_ptr", "db_ptr"):
-        call.store(pointer, call.grid // across * call.columns)
+        _write_gradient(call, tiles)
+    for pointer in ("dw", "db"):
+        call.store(pointer, parts * call.columns)
+
+
+def _grad_stream(call: Counted) -> None:
+    {STATISTICS: _grad_statistics, APPLY: _grad_apply, BOTH: _grad_paired}[call["PHASE"]](call)
 
 
 def _grad_statistics(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"])
-    inside = tiles.looped(call["steps"])
-    for pointer in ("mean_ptr", "rstd_ptr"):
+    tiles = call.tiles(_chunks(call))
+    inside = tiles.looped(call["number"])
+    for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"))
     _read_gradient(call, inside)
+    _parameters(call, tiles)
     _write_gradient(call, inside)
-    if not call["PER_A"]:
-        call.affine(tiles, *["w_ptr"] * (2 if call.has("p0_ptr") else 1))
-    for pointer in ("p1_ptr", "p0_ptr"):
-        call.store(pointer, tiles.lanes("ka" if call["PER_A"] else "k") // call.per_sum)
+    for pointer in ("p1", "p0"):
+        call.store(pointer, tiles.lanes("k" if call["SHARED_A"] else "ka") // call.per_sum)
 
 
 def _grad_apply(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"])
-    for pointer in ("mean_ptr", "rstd_ptr", "c1_ptr", "c0_ptr"):
+    tiles = call.tiles(_chunks(call))
+    for pointer in ("mean", "rstd", "c1", "c0"):
         call.load(pointer, tiles.lanes("k"))
     _read_gradient(call, tiles)
+    _parameters(call, tiles)
     _write_gradient(call, tiles)
 
 
 def _merge_moments(call: Counted, chunks: int, again: bool = False) -> None:
     if call["CENTER"]:
-        call.load("part_mean_ptr", 2 * call.groups * chunks, again)
-    call.load("part_m2_ptr", call.groups * chunks, again)
+        call.load("part_mean", 2 * call.groups * chunks, again)
+    call.load("part_m2", call.groups * chunks, again)
 
 
-def _finish_statistics(call: Counted) -> None:
-    _merge_moments(call, call["chunks"])
-    _finish_moments(call)
+def _finish(call: Counted) -> None:
+    _merge_moments(call, cdiv(call.n_s, call["WIDTH_S"] * call["steps"]) * cdiv(call.n_a, call["WIDTH_A"]))
+    _first_elements(call, call.groups)
+    _keep_moments(call)
 
 
 def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False) -> None:
     """`blocks`: of groups."""
     columns = call.groups * call["A"]
     tiles = _Tiles(_Axis(call.groups, blocks, call.group_lanes), _Axis(call["A"], 1, call["A"]), _Axis(1, 1, 1))
-    for p, c in (("p1_ptr", "c1_ptr"), ("p0_ptr", "c0_ptr")):
+    for p, c in (("p1", "c1"), ("p0", "c0")):
         call.load(p, columns * chunks, again)
         call.store(c, call.groups)
-    if not call.given.get("ROWS"):
-        call.affine(tiles, *["w_ptr"] * (2 if call.has("p0_ptr") else 1))
-        for pointer in ("dw_ptr", "db_ptr"):
-            call.store(pointer, columns)
+    call.affine(tiles, "w")
+    for pointer in ("dw", "db"):
+        call.store(pointer, columns)
 
 
-def _finish_group(call: Counted) -> None:
+def _grad_finish(call: Counted) -> None:
     _merge_group(call, call["chunks"], call.grid)
 
 
 def _words(call: Counted, tiles: int, units: int, blocks: int) -> None:
     """tickets.py where programs run one after the other, so that none waits; blocks: of chunks, merged first."""
-    draw, arrive, publish, wait, leave = 2 * tiles + 1, tiles + 2 * blocks, units, tiles, tiles + units
+    draw, arrive, publish, wait, leave = call.grid + 1, tiles + 2 * blocks, units, tiles, tiles + units
     lanes = draw + arrive + publish + wait + leave
-    call.load("tickets_ptr", lanes, again=True)
-    call.store("tickets_ptr", lanes)
+    call.load("tickets", lanes, again=True)
+    call.store("tickets", lanes)
 
 
-def _ticketed(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"], visits=2)
+def _ends(call: Counted, tiles: _Tiles) -> tuple[_Tiles, _Tiles]:
+    """What is read for nothing at the ends of a ticketed launch, where there is a single tile to work on: the first
+    tile by programs that only begin one, the last tile by those that only apply one."""
+    extents = (call.along, call.block), (call.n_a, tiles.a.block), (call.n_s, tiles.s.block)
+
+    def read(points: Callable[[int, int], int]) -> _Tiles:
+        k, a, s = (_Axis(points(n, block), 1, axis.block) for (n, block), axis in zip(extents, tiles, strict=True))
+        lead = call["number"]
+        return _Tiles(k._replace(points=lead * k.points, tiles=lead), a, s)
+
+    return read(min), read(lambda n, block: (n - 1) % block + 1)
+
+
+def _paired(call: Counted) -> None:
+    tiles = call.tiles(_chunks(call), more=call["number"])
     units, chunks = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
     blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
-    call.ahead(tiles, "x_ptr", "pre_ptr", "sum_ptr")
+    call.ahead(tiles, "x", "pre", "sum")
+    first, last = _ends(call, tiles)
+    call.load_aside("x", last.lanes() + (0 if call.has("pre") else first.lanes()))
+    call.load_aside("pre", last.lanes())
     _words(call, units * chunks, units, units * blocks)
     _read_input(call, tiles)
-    for pointer in ("part_mean_ptr", "part_m2_ptr"):
+    _first_elements(call, tiles.lanes("k") + call.groups)
+    for pointer in ("part_mean", "part_m2"):
         call.store(pointer, call.groups * (chunks + blocks))
     for rows in (chunks, blocks) if blocks else (chunks,):
         _merge_moments(call, rows, again=True)
-    _finish_moments(call)
-    call.load("sum_ptr" if call.has("sum_ptr") else "x_ptr", tiles.lanes(), again=True)
-    for pointer in ("mean_ptr", "rstd_ptr"):
+    _keep_moments(call)
+    call.load("sum" if call.has("sum") else "x", tiles.lanes(), again=True)
+    for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"), again=True)
     _write_output(call, tiles)
 
 
-def _grad_ticketed(call: Counted) -> None:
-    tiles = call.tiles(call["chunks_s"], visits=2)
+def _grad_paired(call: Counted) -> None:
+    tiles = call.tiles(_chunks(call), more=call["number"])
     units, each = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
-    chunks = each if call["ROWS"] else tiles.s.tiles
+    chunks = each if call["SHARED_A"] else tiles.s.tiles
     blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
-    streams = ("x_ptr", "dy_ptr", "post_ptr") if call["ACT_GRAD"] is not None else ("x_ptr", "dy_ptr")
+    streams = ("x", "dy", *(["post"] if call["ACT"] != "identity" else []))
     call.ahead(tiles, *streams)
+    first, last = _ends(call, tiles)
+    for pointer in streams:
+        call.load_aside(pointer, first.lanes() + last.lanes())
     _words(call, units * each, units, units * blocks)
     _read_gradient(call, tiles)
-    if call["ROWS"]:
-        call.affine(tiles, "w_ptr")
-        for pointer in ("dw_ptr", "db_ptr"):
-            call.store(pointer, units * call.n_a)
-    for pointer in ("p1_ptr", "p0_ptr"):
+    for pointer in ("p1", "p0"):
         call.store(pointer, call.groups * call["A"] * (chunks + blocks))
         if blocks:
             call.load(pointer, call.groups * call["A"] * chunks, again=True)
     _merge_group(call, blocks or chunks, units, again=True)
-    for pointer in ("mean_ptr", "rstd_ptr"):
-        call.load(pointer, 2 * tiles.lanes("k"))
     _read_gradient(call, tiles, again=True)
-    for pointer in ("c1_ptr", "c0_ptr"):
+    for visited in (tiles, last, tiles):
+        for pointer in ("mean", "rstd"):
+            call.load(pointer, visited.lanes("k"))
+        _parameters(call, visited)
+    for pointer in ("c1", "c0"):
         call.load(pointer, tiles.lanes("k"), again=True)
     _write_gradient(call, tiles)
 
 
-def _finish_affine(call: Counted) -> None:
-    for p, d in (("p1_ptr", "dw_ptr"), ("p0_ptr", "db_ptr")):
+def _sum_rows(call: Counted) -> None:
+    for p, d in (("p1", "dw"), ("p0", "db")):
         if call.has(d):
             call.load(p, call["rows"] * call.columns)
             call.store(d, call.columns)
 
 
 KERNELS: dict[Any, Callable[[Counted], None]] = {
-    kw.normalize: _normalize,
-    kw.statistics: _statistics,
-    kw.apply: _apply,
-    kb.grad_normalize: _grad_normalize,
-    kb.grad_statistics: _grad_statistics,
-    kb.grad_apply: _grad_apply,
-    kf.finish_statistics: _finish_statistics,
-    kf.finish_group: _finish_group,
-    kf.finish_affine: _finish_affine,
-    kt.ticketed: _ticketed,
-    kt.grad_ticketed: _grad_ticketed,
+    normalize: _normalize,
+    stream: _stream,
+    finish: _finish,
+    grad_normalize: _grad_normalize,
+    grad_stream: _grad_stream,
+    grad_finish: _grad_finish,
+    sum_rows: _sum_rows,
 }

@@ -119,14 +119,6 @@ def prepared(binary: Binary) -> tuple[Code, tuple[cubin.Place, ...]]:
     return Code(read(text, name), max(binary.tiles, default=0)), cubin.parameters(binary.asm["cubin"], name)
 
 
-def _flat(value: Any) -> Iterator[Any]:
-    if isinstance(value, tuple | list):
-        for element in value:
-            yield from _flat(element)
-    else:
-        yield value
-
-
 def _address(pointer: Any) -> int:
     """A tensor's address, or an address, as on a device, where memory that is allocated begins at 512 bytes; a CPU's
     begins at 64."""
@@ -157,17 +149,15 @@ def _pieces(value: Any, rank: int, left: deque[cubin.Place]) -> Iterator[tuple[c
 
 
 def constants(
-    binary: Binary, places: Sequence[cubin.Place], arguments: Mapping[str, Any], grid: tuple[int, int, int]
+    binary: Binary, places: Sequence[cubin.Place], values: Sequence[Any], grid: tuple[int, int, int]
 ) -> dict[int, int]:
-    """Known words of the constant bank: sizes of the launch, and its integer and pointer arguments."""
+    """Known words of the constant bank: sizes of the launch, and its integer and pointer parameters."""
     base = min((p.offset for p in places), default=0)
     block, size, stack = (0x360, 0x370, 0x37C) if base >= _BLACKWELL else (0x0, 0xC, 0x28)
     words = {block: binary.threads, block + 4: 1, block + 8: 1, stack: 1 << 16}
     words |= {size + 4 * axis: n for axis, n in enumerate(grid)}
-    queues = {name: _flat(value) for name, value in arguments.items()}
     left = deque(places)
-    for parameter in binary.parameters:
-        whole = next(queues.get(parameter.argument, iter(())), None)
+    for parameter, whole in zip(binary.parameters, values, strict=True):
         for place, value in _pieces(whole, parameter.rank, left):
             if value is not None and (parameter.pointer or isinstance(value, Tensor)):
                 value = _address(value)
@@ -177,8 +167,8 @@ def constants(
     return words
 
 
-def execute(binary: Binary, grid: tuple[int, int, int], arguments: Mapping[str, Any]) -> Executed:
-    """Walk a sample of the warps of a launch.
+def execute(binary: Binary, grid: tuple[int, int, int], values: Sequence[Any]) -> Executed:
+    """Walk a sample of the warps of a launch; `values`: of its parameters, in order.
 
     Raises NotImplementedError for a kernel that was not compiled for an NVIDIA GPU.
     """
@@ -187,7 +177,7 @@ def execute(binary: Binary, grid: tuple[int, int, int], arguments: Mapping[str, 
     code, places = prepared(binary)
     ctas = binary.num_ctas  # programs of a cluster lie side by side along x
     grid = (grid[0] * ctas, *grid[1:])
-    words, programs = constants(binary, places, arguments, grid), prod(grid)
+    words, programs = constants(binary, places, values, grid), prod(grid)
     threads = binary.threads // 32
 
     def walk(program: int, tickets: bool) -> list[Walk]:

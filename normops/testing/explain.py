@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from .. import plan
+from ..kernels.bundles import BOTH
 from . import cost
 from .counting import Moved
 from .hardware import Hardware
@@ -95,8 +96,8 @@ class Direction:
         yield f"{self.name}: {self.engine}, {ENGINES[self.engine]}"
         times: Sequence[Time | None] = self.prediction.launches if self.prediction else [None] * len(self.launches)
         for launch, planned, time in zip(self.launches, self.plan.launches, times, strict=True):
-            tile = " x ".join(str(n) for name, n in planned.constants.items() if name.startswith("BLOCK_") and n)
-            line = f"  {launch.name}: {prod(launch.grid)} programs of {launch.num_warps} warps, tile {tile}"
+            tile = " x ".join(map(str, planned.tile))
+            line = f"  {titled(planned)}: {prod(launch.grid)} programs of {launch.num_warps} warps, tile {tile}"
             yield line + (f"; {time.us:.1f} us, held by {time.bound}" if time else "")
         yield (
             f"  moves {self.hbm.bytes / 1e6:.1f} MB to and from DRAM ({self.passes:.2f} passes over x; at least "
@@ -111,6 +112,17 @@ class Direction:
             f"  {kind} on {self.hardware.title}: {self.prediction.us:.1f} us, {self.of_floor:.2f} of the floor "
             f"({self.floor_us:.1f} us), bound by {self.bound}"
         )
+
+
+def titled(planned: plan.Launch) -> str:
+    """The name of the kernel, and the phase that the launch is of where it is one of several."""
+    phase = phase_of(planned)
+    return f"{planned.kernel.__name__} ({phase})" if phase not in (None, BOTH) else str(planned.kernel.__name__)
+
+
+def phase_of(planned: plan.Launch) -> str | None:
+    """What a launch does with its tiles; None where it has none: it finishes partial results."""
+    return str(planned.form.PHASE) if planned.kernel in cost.TILED else None
 
 
 class Explanation(tuple[Direction, ...]):

@@ -7,6 +7,7 @@ loses next to nothing.
 from __future__ import annotations
 
 import re
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,6 +15,9 @@ from typing import NamedTuple
 # A statement: after a line's start or another one's end, perhaps a guard, then the instruction and its operands.
 _STATEMENT = re.compile(r"(?m)(?:^|[;{}:])\s*(?:@!?[%\w]+\s+)?([a-z]\w*(?:\.[\w:]+)*)\b([^;]*)(?=;)")
 _FUNCTION = re.compile(r"\.(entry|func)\b\s*(?:\([^)]*\)\s*)?([\w$]+)")
+_FILE = re.compile(r'\.file\s+(\d+)\s+"(?:[^"]*/)?([^"/]*)"')
+_LINE = re.compile(r"\.loc\s+(\d+)\s+(\d+)[^\n/]*(?://([^\n]*))?")
+_INLINED = re.compile(r"([^\s\[\]@/]+:\d+):\d+")
 _REGISTER = re.compile(r"%?[A-Za-z_]\w*")
 _VECTOR = re.compile(r"v([248])")
 _TYPE = re.compile(r"[busf](\d+)")
@@ -25,6 +29,8 @@ class Instruction(NamedTuple):
     entry: bool
     parts: tuple[str, ...]
     operands: str
+    lines: frozenset[str] = frozenset()
+    """Files and lines of the source: where it stands, and where the functions were called that were inlined."""
 
     def space(self) -> str:
         """The state space, without its scope; "" for a generic address or none."""
@@ -41,15 +47,23 @@ class Access(NamedTuple):
     bits: int
     parameters: frozenset[int]
     """Numbers of the kernel's parameters that the address may come from."""
+    lines: frozenset[str] = frozenset()
+    """Files and lines of the source."""
 
 
 def instructions(text: str) -> Iterator[Instruction]:
-    text = re.sub(r"/\*.*?\*/|//[^\n]*", "", text, flags=re.S)
+    files = dict(_FILE.findall(text))
+    lines: list[tuple[int, frozenset[str]]] = [(0, frozenset())]
+    for m in _LINE.finditer(text):
+        lines.append((m.start(), frozenset({f"{files.get(m[1], '')}:{m[2]}", *_INLINED.findall(m[3] or "")})))
+    starts = [start for start, _ in lines]
+    text = re.sub(r"/\*.*?\*/|//[^\n]*", lambda m: re.sub(r"[^\n]", " ", m[0]), text, flags=re.S)
     functions = [(m.start(), m[1] == "entry", m[2]) for m in _FUNCTION.finditer(text)]
     for i, (start, entry, name) in enumerate(functions):
         end = functions[i + 1][0] if i + 1 < len(functions) else len(text)
         for found in _STATEMENT.finditer(text, start, end):
-            yield Instruction(name, entry, tuple(found[1].split(".")), found[2])
+            where = lines[bisect(starts, found.start()) - 1][1]
+            yield Instruction(name, entry, tuple(found[1].split(".")), found[2], where)
 
 
 def _access(instruction: Instruction) -> tuple[str, int, str] | None:
@@ -125,7 +139,8 @@ def accesses(text: str, pointers: frozenset[int]) -> tuple[Access, ...]:
         if access := _access(instruction):
             kind, bits, address = access
             registers = [f"{instruction.function} {name}" for name in _REGISTER.findall(address)]
-            found.append(Access(kind, bits, frozenset[int]().union(*(origins[r] for r in registers))))
+            parameters = frozenset[int]().union(*(origins[r] for r in registers))
+            found.append(Access(kind, bits, parameters, instruction.lines))
     return tuple(found)
 
 

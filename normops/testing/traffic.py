@@ -143,7 +143,7 @@ def traffic(**tensors: Tensor) -> Iterator[Traffic]:
     >>> from normops.testing import traffic
     >>> x = torch.randn(2, 64)
     >>> with traffic(x=x) as moved:
-    ...     y = normops.functional.layer_norm(x, (64,))
+    ...     y = normops.functional.rms_norm(x, (64,))
     >>> moved.loads["x"] == x.nbytes, moved.stores["x"]
     (True, 0)
     """

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from triton import knobs
@@ -29,6 +31,22 @@ _MOST = {"cuda": (2**31 - 1, 65535, 65535)}
 """Programs that a grid may have along its axes; past that the driver refuses a launch."""
 
 
+class Argument(NamedTuple):
+    """An argument of a kernel, or a field of one that is a NamedTuple."""
+
+    name: str
+    place: tuple[int, ...]
+    """Where it stands among the arguments of the kernel, and inside of that one."""
+    kind: Any
+    """Triton's name of its type, "constexpr" where it is compiled in; of a tuple, those of its elements."""
+
+    def of(self, values: Any) -> Any:
+        """Its value, among all that the kernel is called with."""
+        for i in self.place:
+            values = values[i]
+        return values
+
+
 class VirtualLaunch:
     """One launch that the device would have run.
 
@@ -37,18 +55,22 @@ class VirtualLaunch:
     >>> with virtual_device("a100") as gpu:
     ...     y = normops.functional.rms_norm(torch.empty(64, 64), (64,))
     >>> launched: VirtualLaunch = gpu.launches[0]
-    >>> launched.num_warps >= 1, launched.spills, "x_ptr" in launched.arguments
+    >>> launched.num_warps >= 1, launched.spills, "x" in launched.arguments
     (True, 0, True)
     """
 
-    __slots__ = ("_arguments", "_executed", "binary", "grid", "hardware")
+    __slots__ = ("_arguments", "_executed", "_values", "binary", "grid", "hardware")
 
-    def __init__(self, hardware: Hardware, binary: Binary, grid: tuple[int, int, int], arguments: Any) -> None:
+    def __init__(
+        self, hardware: Hardware, binary: Binary, grid: tuple[int, int, int], arguments: tuple[Argument, ...],
+        values: Sequence[Any],
+    ) -> None:  # fmt: skip
         self.hardware = hardware
         self.binary = binary
         """The compiled kernel; launches of the same one share it."""
         self.grid = grid
         self._arguments = arguments
+        self._values = values
         self._executed: Executed | None = None
 
     @property
@@ -63,10 +85,11 @@ class VirtualLaunch:
     def arguments(self) -> dict[str, Any]:
         """What the kernel is called with, by its own names: tensors (or addresses), integers, floats, tuples.
 
-        Neither ``tl.constexpr`` nor None is among them; an integer that was compiled in because it is 1 is.
+        Of a NamedTuple each field is one, by its own name (``"argument.field"`` where another has the same).  Neither
+        ``tl.constexpr`` nor None is among them; an integer that was compiled in because it is 1 is.
         """
-        pairs = zip(*self._arguments, strict=False)
-        return {name: value for name, value in pairs if name is not None and value is not None}
+        pairs = ((argument.name, argument.of(self._values)) for argument in self._arguments)
+        return {name: value for name, value in pairs if value is not None}
 
     @property
     def asm(self) -> Any:
@@ -110,7 +133,8 @@ class VirtualLaunch:
         Raises NotImplementedError on AMD.
         """
         if self._executed is None:
-            self._executed = execute(self.binary, self.grid, self.arguments)
+            pairs = (pair for a in self._arguments for pair in passed(a.kind, a.of(self._values)))
+            self._executed = execute(self.binary, self.grid, [value for _, value in pairs])
         return self._executed
 
     @property
@@ -120,19 +144,22 @@ class VirtualLaunch:
         together = min(self.resident, -(-x * y * z // self.hardware.facts.num_sms))
         return self.executed.in_flight * self.executed.warps * together
 
-    def accesses(self, argument: str | None = None) -> dict[tuple[str, int], int]:
+    def accesses(self, argument: str | None = None, without: Any = None) -> dict[tuple[str, int], int]:
         """("load" or "store", bits) -> instructions on global memory, through one pointer argument or all.
+
+        Arguments are named as in ``arguments``; a tuple stands for all its elements.  `without`: a jit function whose
+        accesses do not count, nor those of functions that it calls.
 
         Asynchronous copies into shared memory are loads; bulk copies (TMA) have no width and are not counted.  An
         address that may come from two arguments counts for both, one that was itself loaded from memory for none.
 
-        Raises NotImplementedError for one argument on AMD or where tensor descriptors are passed, ValueError for a name
-        that the kernel does not have.
+        Raises NotImplementedError for one argument or function on AMD, or for an argument where tensor descriptors are
+        passed, ValueError for a name that the kernel does not have.
         """
-        names = [name for name in self._arguments[0] if name is not None]
+        names = [a.name for a in self._arguments]
         if argument is not None and argument not in names:
             raise ValueError(f"argument must be one that {self.name} is passed ({', '.join(names)}), got {argument!r}")
-        return self.binary.accesses(argument)
+        return self.binary.accesses(argument, frozenset() if without is None else _lines(without))
 
     @property
     def resident(self) -> int:
@@ -148,6 +175,13 @@ class VirtualLaunch:
 
     def __repr__(self) -> str:
         return f"VirtualLaunch({self.name}, grid={self.grid}, num_warps={self.num_warps})"
+
+
+def _lines(function: Any) -> frozenset[str]:
+    """The lines of a jit function, as "file:line"."""
+    source, first = inspect.getsourcelines(function.fn)
+    name = Path(inspect.getsourcefile(function.fn) or "").name
+    return frozenset(f"{name}:{first + i}" for i in range(len(source)))
 
 
 class VirtualDevice:
@@ -166,7 +200,7 @@ class VirtualDevice:
         self.launches: list[VirtualLaunch] = []
         self._number = next(_numbers)
         self._open = True
-        self._binaries: list[tuple[Binary, tuple[str | None, ...]]] = []
+        self._binaries: list[tuple[Binary, tuple[Argument, ...]]] = []
         self._source: Any = None
         self._metadata: Any = None
         self._files: dict[str, Any] = {}
@@ -179,8 +213,8 @@ class VirtualDevice:
         names = tuple(function.arg_names) if function is not None else tuple(f"argument {i}" for i in range(len(kinds)))
         signature = {names[i] if isinstance(i, int) else i: kind for i, kind in kinds.items()}
         declared = {p.name for p in function.params if p.is_constexpr} if function is not None else set()
-        runtime = tuple(None if name in declared else name for name in names)
-        parameters = _parameters(runtime, signature)
+        arguments = _arguments([(None if n in declared else n, signature.get(n, "constexpr")) for n in names])
+        parameters = _parameters(arguments)
         key = (self.hardware.target, name, code, metadata.num_warps, parameters)
         binary = _known.get(key)
         if binary is None:
@@ -191,10 +225,10 @@ class VirtualDevice:
             binary = _known[key] = Binary(
                 name, self.hardware.target, asm, shared, metadata.num_warps, metadata.num_ctas, parameters
             )
-        self._binaries.append((binary, runtime))
+        self._binaries.append((binary, arguments))
         return len(self._binaries) - 1
 
-    def _launch(self, grid: tuple[int, int, int], function: int, arguments: Any) -> None:
+    def _launch(self, grid: tuple[int, int, int], function: int, values: Sequence[Any]) -> None:
         if not self._open:
             raise RuntimeError(f"a kernel compiled for a virtual {self.hardware.name} was launched after its block")
         if 0 in grid:
@@ -202,8 +236,8 @@ class VirtualDevice:
         most = _MOST.get(self.hardware.target.backend, grid)
         if any(n > limit for n, limit in zip(grid, most, strict=True)):
             raise RuntimeError(f"a grid must be at most {most} on {self.hardware.name}, got {grid}")
-        binary, names = self._binaries[function]
-        self.launches.append(VirtualLaunch(self.hardware, binary, grid, (names, arguments)))
+        binary, arguments = self._binaries[function]
+        self.launches.append(VirtualLaunch(self.hardware, binary, grid, arguments, values))
 
     def _loading(self, module: Any, function: Any, name: str, metadata_group: dict[str, Any], hash: str) -> None:
         self._files = metadata_group
@@ -267,21 +301,41 @@ class VirtualDevice:
         return Driver()
 
 
-def _parameters(names: tuple[str | None, ...], signature: dict[str, Any]) -> tuple[Parameter, ...]:
-    """The parameters of the compiled kernel, in order; a tuple is passed as its elements."""
-    found: list[Parameter] = []
+def _arguments(given: Sequence[tuple[str | None, Any]]) -> tuple[Argument, ...]:
+    """The arguments of a kernel whose names and types are given; no name: it is none to launch it with."""
+    found: list[tuple[tuple[str, ...], tuple[int, ...], Any]] = []
 
-    def add(name: str, kind: Any) -> None:
-        if isinstance(kind, tuple | list):
-            for element in kind:
-                add(name, element)
-        elif kind != "constexpr":
-            block = re.match(r"tensordesc<[^\[]*\[([^\]]*)", str(kind))
-            found.append(Parameter(name, str(kind).startswith("*"), block[1].count(",") + 1 if block else 0))
+    def add(path: tuple[str, ...], place: tuple[int, ...], kind: Any) -> None:
+        fields = getattr(kind, "_fields", None)
+        if fields is None:
+            found.append((path, place, kind))
+        for i, field in enumerate(fields or ()):
+            add((*path, field), (*place, i), kind[i])
 
-    for name in names:
+    for i, (name, kind) in enumerate(given):
         if name is not None:
-            add(name, signature.get(name, "constexpr"))
+            add((name,), (i,), kind)
+    alike = Counter(path[-1] for path, _, _ in found)
+    return tuple(Argument(p[-1] if alike[p[-1]] == 1 else ".".join(p), place, kind) for p, place, kind in found)
+
+
+def passed(kind: Any, value: Any = None) -> Iterator[tuple[str, Any]]:
+    """(type, value) of all that an argument is passed as: a tuple is its elements, and what is compiled in is not."""
+    if isinstance(kind, tuple | list):
+        for i, element in enumerate(kind):
+            yield from passed(element, None if value is None else value[i])
+    elif kind != "constexpr":
+        yield kind, value
+
+
+def _parameters(arguments: Sequence[Argument]) -> tuple[Parameter, ...]:
+    """The parameters of the compiled kernel, in order."""
+    found = []
+    for argument in arguments:
+        for kind, _ in passed(argument.kind):
+            block = re.match(r"tensordesc<[^\[]*\[([^\]]*)", str(kind))
+            rank = block[1].count(",") + 1 if block else 0
+            found.append(Parameter(argument.name, str(kind).startswith("*"), rank))
     return tuple(found)
 
 

@@ -1,0 +1,66 @@
+"""Elements cheaply: conversions and functions that NVIDIA's machines have an instruction for and Triton has not.
+
+Each piece of inline assembly stands beside its plain twin, which the interpreter and other machines take.  The two
+agree to the last bit where nothing else is said.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_pairs(a1, b1, a2, b2):
+    return a1 + a2, b1 + b2
+
+
+@triton.jit
+def widen(v, F: tl.constexpr):
+    """v in the accumulator's type: two bfloat16 of a register by a shift and an and, where Triton takes three."""
+    if F.PTX and v.dtype == tl.bfloat16 and F.ACC == tl.float32:
+        v = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [v],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        v = v.to(F.ACC)
+    return v
+
+
+@triton.jit
+def held(v, F: tl.constexpr):
+    """The same bits, but the compiler does not know it: what was made of them before is not kept in registers beside
+    them until they are used again."""
+    if F.PTX and v.dtype.primitive_bitwidth == 16:
+        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=2)
+    elif F.PTX and v.dtype == tl.float32:
+        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=1)
+    return v
+
+
+@triton.jit
+def fast_sigmoid(z, F: tl.constexpr):
+    """1 / (1 + exp(-z)) of fp32 by ex2 and rcp: within 4e-7 of its value, far below half a step of bf16 or fp16."""
+    if F.PTX:
+        s = tl.inline_asm_elementwise(
+            "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"
+            " rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        s = 1.0 / (1.0 + tl.exp(-z))
+    return s
+
+
+@triton.jit
+def where_negative(z, e, F: tl.constexpr):
+    """e, in the accumulator's type, where z < 0; else 0.  z is not -0; where it is NaN, either."""
+    if F.PTX and e.dtype == tl.bfloat16 and F.ACC == tl.float32:
+        # The signs of two z spread to a mask of a packed pair: PRMT and LOP3.
+        g = tl.inline_asm_elementwise(
+            "{ .reg .b32 m; prmt.b32 m, $3, $4, 0xffbb; and.b32 m, m, $2;"
+            " shl.b32 $0, m, 16; and.b32 $1, m, 0xffff0000; }",
+            "=r,=r,r,r,r", [e, z], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        g = tl.where(z < 0.0, e.to(F.ACC), 0.0)
+    return g

@@ -1,0 +1,181 @@
+"""Backward, where a group does not fit one program: as stream.py, with x and dy."""
+
+import triton
+import triton.language as tl
+
+from .bundles import APPLY, STATISTICS
+from .finish import merge_group, merge_sums
+from .norm import (
+    given_sums,
+    gradient,
+    parameters,
+    read_gradient,
+    saved_statistics,
+    sum_lanes,
+    tile_sums,
+    write_gradient,
+)
+from .sums import plus
+from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
+from .tile import (
+    ANY,
+    EVICT_FIRST,
+    EVICT_LAST,
+    both,
+    extent,
+    mask_a,
+    place,
+    store,
+    tile_at,
+    tile_of,
+    zeros,
+)
+
+_APPLY = tl.constexpr(APPLY)
+_STATISTICS = tl.constexpr(STATISTICS)
+
+
+@triton.jit(do_not_specialize=["n0", "number"])
+def grad_stream(o, n0, number, F: tl.constexpr):
+    """x, dy[m, c, a, s] -> dx[m, c, a, s] and dw, db[m, c, a] (DIRECT: dw, db[c, a]); `number` as in stream().
+
+    STATISTICS    p1, p0[chunk, m, c, a]; given dx, where the statistics of x were constants: dx = rstd · w · g
+    APPLY         dx from c1, c0[m, c]
+    """
+    PIECES: tl.constexpr = F.PIECES
+    if F.PHASE == _STATISTICS:
+        block, block_a, chunk_s = place(tl.program_id(0), tl.cdiv(extent(3, n0, F), F.WIDTH_S * number), n0, F)
+        t = tile_of(block, block_a, chunk_s * number, n0, F)
+        mean, rstd = saved_statistics(o, t, F)
+        w, b = parameters(o, t, F)
+        t1 = zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, F.ACC)
+        t0 = zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, F.ACC)
+        for i in range(0, number):
+            s_start = (chunk_s * number + i) * F.WIDTH_S
+            u = tile_at(t.at[0], t.at[1], t.mk, block_a * F.WIDTH_A, s_start, n0, F)
+            streams = read_gradient(o, u, F)
+            for p in tl.static_range(PIECES):
+                d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+                write_gradient(o, d, g, 0.0, 0.0, rstd * w[p], u, p, F)
+                t1 += g * d
+                t0 += g
+        p1, p0 = tile_sums(t1, t0, F)
+        store_sums(o, p1 * rstd, p0, t, chunk_of(block_a, chunk_s, tl.cdiv(t.n_s, F.WIDTH_S * number), F), n0, F)
+    elif F.PHASE == _APPLY:
+        i = tl.num_programs(0) - 1 - tl.program_id(0)
+        block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S), n0, F)
+        t = tile_of(block, block_a, chunk_s, n0, F)
+        apply(o, read_gradient(o, t, F), t, False, F)
+    else:
+        paired(o, n0, number, F)
+
+
+@triton.jit
+def paired(o, n0, lead, F: tl.constexpr):
+    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
+    tiles = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
+    units = (tl.num_programs(0) - lead) // tiles
+    arrivals = tl.cdiv(tiles, F.FAN) if F.FAN > 0 else tiles
+    begins, tile, applies, applied = pair(draw(o.tickets), lead)
+    unit, block_a, chunk_s = place(tile, chunks_s, n0, F)
+    t = tile_of(unit, block_a, chunk_s, n0, F)
+    unit_u, block_u, chunk_u = place(applied, chunks_s, n0, F)
+    u = tile_of(unit_u, block_u, chunk_u, n0, F)
+
+    # Both tiles are on their way before either is used, see stream.paired().
+    streams = read_gradient(o, t, F, EVICT_LAST)
+    again = read_gradient(o, u, F, EVICT_FIRST)
+    mean, rstd = saved_statistics(o, t, F)
+    w, b = parameters(o, t, F)
+    PIECES: tl.constexpr = F.PIECES
+    p1 = None
+    p0 = None
+    for p in tl.static_range(PIECES):
+        d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+        p1 = plus(p1, g * d)
+        p0 = plus(p0, g)
+    p1, p0 = tile_sums(p1, p0, F)
+    if begins:
+        states = o.tickets + FIRST_STATE
+        chunk = chunk_of(block_a, chunk_s, chunks_s, F)
+        column, mask = store_sums(o, p1 * rstd, p0, t, chunk, n0, F)
+        merge_unit(o, unit, chunk, column, mask, states + unit, states + units + unit * arrivals, n0, F)
+    if applies:
+        state = o.tickets + FIRST_STATE + unit_u
+        wait(state, arrivals, F)
+        apply(o, again, u, True, F, EVICT_FIRST)
+        leave(state, arrivals, tiles, F)
+
+
+@triton.jit
+def apply(o, streams, t, SHARED: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
+    mean, rstd = saved_statistics(o, t, F)
+    w, b = parameters(o, t, F)
+    k1, k0 = given_sums(o, t, rstd, F, SHARED)
+    PIECES: tl.constexpr = F.PIECES
+    for p in tl.static_range(PIECES):
+        d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+        write_gradient(o, d, g, k1, k0, rstd * w[p], t, p, F, KEEP)
+
+
+@triton.jit
+def chunk_of(block_a, chunk_s, chunks_s, F: tl.constexpr):
+    """Which of the partial results of a group (and of a, where parameters run along it) those of a tile are."""
+    return block_a * chunks_s + chunk_s if F.SHARED_A else chunk_s
+
+
+@triton.jit
+def chunks_of(chunks_s, n0, F: tl.constexpr):
+    return chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A) if F.SHARED_A else chunks_s
+
+
+@triton.jit
+def extent_a(n0, F: tl.constexpr):
+    """Number of sums of a group that are kept apart."""
+    return 1 if F.SHARED_A else extent(2, n0, F)
+
+
+@triton.jit
+def store_sums(o, p1, p0, t, chunk, n0, F: tl.constexpr):
+    """p1, p0 of one chunk; returns where among the columns of a row of them, and the lanes that store."""
+    PER_SUM: tl.constexpr = F.FOLD[3]
+    groups = extent(0, n0, F) * extent(1, n0, F) // PER_SUM
+    column = (t.at[0] * extent(1, n0, F) + t.at[1]) // PER_SUM * extent_a(n0, F)
+    mask = sum_lanes(t, F)
+    if not F.SHARED_A:
+        column = column + t.at[2]
+        mask = both(mask, mask_a(t, 0, F))
+    at = chunk * groups * extent_a(n0, F) + column
+    store(o.p1, at, p1, mask)
+    if o.p0 is not None:
+        store(o.p0, at, p0, mask)
+    return column, mask
+
+
+@triton.jit
+def merge_unit(o, unit, chunk, column, mask, state, blocks, n0, F: tl.constexpr):
+    """The last tile of a unit to come here merges their sums to c1, c0, dw and db, and publishes the unit; see FAN in
+    stream.merge_unit()."""
+    PER_SUM: tl.constexpr = F.FOLD[3]
+    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
+    chunks = chunks_of(chunks_s, n0, F)
+    if F.FAN > 0:
+        rows = tl.cdiv(chunks, F.FAN)
+        begin = chunk // F.FAN * F.FAN
+        number = tl.minimum(chunks - begin, F.FAN)
+        word = blocks + chunk // F.FAN
+        if arrive(word, number):
+            tl.atomic_xchg(word, 0, sem="relaxed")
+            columns = extent(0, n0, F) * extent(1, n0, F) // PER_SUM * extent_a(n0, F)
+            b1, b0 = merge_sums(o, begin, number, column, mask, columns, F.BLOCK_K, F.BLOCK_A, F)
+            q = (chunks + chunk // F.FAN) * columns + column
+            store(o.p1, q, b1, mask)
+            if o.p0 is not None:
+                store(o.p0, q, b0, mask)
+            if arrive(state, rows):
+                merge_group(o, unit, chunks, rows, n0, F)
+                publish(state)
+    else:
+        if arrive(state, chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)):
+            merge_group(o, unit, 0, chunks, n0, F)
+            publish(state)

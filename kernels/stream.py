@@ -1,0 +1,209 @@
+"""Forward, where a group does not fit one program: its tiles are visited twice, in two launches or in one.
+
+STATISTICS and APPLY are launches with a finish between them.  BOTH is one launch that reads x from DRAM once and again
+from L2: the program that draws ticket t does the statistics of tile t and applies those of tile t - lead, both tiles on
+their way at once; the last of a unit's tiles merges the partial results of all of them, in index order, and publishes
+the unit.  A unit is a block of groups.  See tickets.py and docs/ticketed.md.
+"""
+
+import triton
+import triton.language as tl
+
+from .bundles import APPLY, STATISTICS
+from .finish import chunk_size, finish_groups, merge_moments
+from .norm import (
+    add_moments,
+    any_of,
+    cancels,
+    first_elements,
+    load_pieces,
+    moments,
+    read_input,
+    reciprocal_root,
+    write_output,
+)
+from .sums import by_group, total, totals
+from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
+from .tile import (
+    ANY,
+    EVICT_FIRST,
+    EVICT_LAST,
+    count,
+    extent,
+    first_columns,
+    group_block,
+    load_kept,
+    number_of_groups,
+    offsets,
+    place,
+    tile_at,
+    tile_of,
+)
+
+_APPLY = tl.constexpr(APPLY)
+_STATISTICS = tl.constexpr(STATISTICS)
+
+
+@triton.jit(do_not_specialize=["n0", "number"])
+def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
+    """x[m, c, a, s] -> y[m, c, a, s], mean[m, c], rstd[m, c]; `number`: tiles of a chunk (STATISTICS), or the lead.
+
+    STATISTICS    part_mean, part_m2[chunk, m, c]; a chunk is BLOCK_A × (number · BLOCK_S) elements of a group
+    APPLY         y from mean and rstd (FROM_VAR: from mean and variance)
+    """
+    if F.PHASE == _STATISTICS:
+        block, block_a, chunk_s = place(tl.program_id(0), tl.cdiv(extent(3, n0, F), F.WIDTH_S * number), n0, F)
+        t = tile_of(block, block_a, chunk_s * number, n0, F)
+        store_moments(o, read_input(o, t, F), t, block_a, chunk_s, number, n0, F)
+    elif F.PHASE == _APPLY:
+        # The last tile first: the end of x is what the statistics left in L2.
+        i = tl.num_programs(0) - 1 - tl.program_id(0)
+        block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S), n0, F)
+        t = tile_of(block, block_a, chunk_s, n0, F)
+        v = load_pieces(o.x, t, F.X, F)
+        mean = 0.0
+        if o.mean is not None:
+            mean = load_kept(o.mean, t, F)
+        rstd = load_kept(o.rstd, t, F)
+        if F.FROM_VAR:
+            rstd = reciprocal_root(rstd + count(eps, F))
+        write_output(o, v, mean, rstd, t, F)
+    else:
+        paired(o, n0, number, eps, momentum, F)
+
+
+@triton.jit
+def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
+    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
+    tiles = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
+    units = (tl.num_programs(0) - lead) // tiles
+    arrivals = tl.cdiv(chunks_s, F.FAN) if F.FAN > 0 else tiles
+    begins, tile, applies, applied = pair(draw(o.tickets), lead)
+    unit, block_a, chunk_s = place(tile, chunks_s, n0, F)
+    t = tile_of(unit, block_a, chunk_s, n0, F)
+    unit_u, block_u, chunk_u = place(applied, chunks_s, n0, F)
+    u = tile_of(unit_u, block_u, chunk_u, n0, F)
+
+    # Both tiles are on their way before either is used; at the ends, where there is one, the other is read for nothing:
+    # a condition would cost every program more.
+    v = read_input(o, t, F, EVICT_LAST, begins)
+    if o.pre is None:
+        x = load_pieces(o.x, u, F.X, F, EVICT_FIRST)
+    if begins:
+        states = o.tickets + FIRST_STATE
+        store_moments(o, v, t, block_a, chunk_s, 1, n0, F)
+        merge_unit(o, unit, block_a, chunk_s, states + unit, states + units + unit * arrivals, n0, eps, momentum, F)
+    if applies:
+        state = o.tickets + FIRST_STATE + unit_u
+        wait(state, arrivals, F)
+        mean = load_kept(o.mean, u, F, True) if o.mean is not None else 0.0
+        rstd = load_kept(o.rstd, u, F, True)
+        if o.pre is None:
+            write_output(o, x, mean, rstd, u, F, EVICT_FIRST)
+        else:  # the sum was written by a program of this launch: not to be read before
+            write_output(o, load_pieces(o.sum, u, F.SUM, F, EVICT_FIRST), mean, rstd, u, F, EVICT_FIRST)
+        leave(state, arrivals, tiles, F)
+
+
+@triton.jit
+def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
+    """Mean, less the group's first element, and sum of squares of one chunk, whose first tile is v."""
+    GROUPS: tl.constexpr = F.FOLD[2]
+    m = t.at[0]
+    c = t.at[1]
+    chunk = block_a * tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps) + chunk_s
+    at = chunk * number_of_groups(n0, F) + offsets((m, c, 0, 0), F.STAT, F)
+    first = first_columns(t, F)
+    if F.CENTER:
+        if F.PHASE == _STATISTICS or GROUPS <= 16:
+            mean, m2 = chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F)
+        else:
+            n = chunk_size(chunk, tl.cdiv(extent(3, n0, F), F.WIDTH_S), 1, n0, F)
+            near, mean, m2 = moments(v, t, n, 0.0, F)
+            mean = (near - first_elements(o, m, c, t.mk, F)) + mean
+        tl.store(o.part_mean + at, mean, mask=first)
+    else:
+        _, d2 = add_moments(None, None, v, t, 0.0, F)
+        for i in range(1, steps):
+            u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
+            _, d2 = add_moments(None, d2, read_input(o, u, F), u, 0.0, F)
+        m2 = by_group(total(d2, F), F)
+    tl.store(o.part_m2 + at, m2, mask=first)
+
+
+@triton.jit
+def next_tile(t, block_a, tile_s, n0, F: tl.constexpr):
+    return tile_at(t.at[0], t.at[1], t.mk, block_a * F.WIDTH_A, tile_s * F.WIDTH_S, n0, F)
+
+
+@triton.jit
+def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
+    """mean - first and m2 of a chunk, in one pass about the group's first element, or where tiles hold many groups, of
+    which one is likely to begin far from its mean, about the mean of its first tile; again where squares about that
+    cancel."""
+    GROUPS: tl.constexpr = F.FOLD[2]
+    PER: tl.constexpr = F.FOLD[0]
+    n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F) * PER
+    n_s = extent(3, n0, F) - chunk_s * steps * F.WIDTH_S
+    n = n_a * count(tl.minimum(n_s, steps * F.WIDTH_S), F)
+    first = first_elements(o, t.at[0], t.at[1], t.mk, F)
+    shift = first
+    if GROUPS > 16:
+        d1, _ = add_moments(None, None, v, t, 0.0, F)
+        shift = by_group(total(d1, F), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
+    s1, s2 = chunk_sums(o, v, t, shift, block_a, chunk_s, steps, n0, F)
+    mean = s1 / n
+    m2 = tl.maximum(s2 - s1 * mean, 0.0)
+    again = cancels(m2, s2)
+    if any_of(again, F):
+        near = shift + mean
+        s1, s2 = chunk_sums(o, v, t, near, block_a, chunk_s, steps, n0, F, None)
+        # Of those groups alone: a row's bits do not depend on its neighbours.
+        m2 = tl.where(again, tl.maximum(s2 - s1 * (s1 / n), 0.0), m2)
+        mean = tl.where(again, (near - shift) + s1 / n, mean)
+    return (shift - first) + mean, m2
+
+
+@triton.jit
+def chunk_sums(o, v, t, near, block_a, chunk_s, steps, n0, F: tl.constexpr, write=True):
+    """Sums of x - near and of its squares over a chunk, whose first tile is v; `write`: as of read_input()."""
+    d1, d2 = add_moments(None, None, v, t, near, F)
+    for i in range(1, steps):
+        u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
+        d1, d2 = add_moments(d1, d2, read_input(o, u, F, ANY, write), u, near, F)
+    s1, s2 = totals(d1, d2, F)
+    return by_group(s1, F), by_group(s2, F)
+
+
+@triton.jit
+def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: tl.constexpr):
+    """The last tile of a unit to come here merges all their moments and publishes the unit.
+
+    FAN > 0: so many chunks at a time are merged by the last of them first, so that a unit of hundreds of chunks of many
+    groups leaves no long work to a single program.
+    """
+    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
+    if F.FAN > 0:  # there is one block of a
+        rows = tl.cdiv(chunks_s, F.FAN)
+        begin = chunk_s // F.FAN * F.FAN
+        number = tl.minimum(chunks_s - begin, F.FAN)
+        word = blocks + chunk_s // F.FAN
+        if arrive(word, number):
+            tl.atomic_xchg(word, 0, sem="relaxed")
+            m, c, mk = group_block(unit, n0, F)
+            groups = number_of_groups(n0, F)
+            at = offsets((m, c, 0, 0), F.STAT, F)
+            n = chunk_size(chunk_s // F.FAN, rows, F.FAN, n0, F)
+            mean, m2 = merge_moments(o, at, mk, begin, begin, number, n, chunks_s, 1, n0, F)
+            q = (chunks_s + chunk_s // F.FAN) * groups + at
+            if F.CENTER:
+                tl.store(o.part_mean + q, mean, mask=mk)
+            tl.store(o.part_m2 + q, m2, mask=mk)
+            if arrive(state, rows):
+                finish_groups(o, unit, chunks_s, rows, rows, F.FAN, n0, eps, momentum, F)
+                publish(state)
+    else:
+        chunks = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
+        if arrive(state, chunks):
+            finish_groups(o, unit, 0, chunks, chunks_s, 1, n0, eps, momentum, F)
+            publish(state)

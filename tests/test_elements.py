@@ -1,0 +1,98 @@
+"""Inline assembly against its plain twin, on a GPU: to the last bit, or within the error that its docstring gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from normops.compiled import INTERPRETED
+from normops.kernels import elements
+from normops.kernels.bundles import Form
+
+on_gpu = pytest.mark.skipif(
+    INTERPRETED or not torch.cuda.is_available() or torch.version.hip is not None, reason="needs an NVIDIA GPU"
+)
+
+TWINS = {ptx: Form(SPACE=((1,), (1,), (1,), (1,)), ACC=tl.float32, PTX=ptx) for ptx in (False, True)}
+
+
+@triton.jit
+def widened(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, elements.widen(tl.load(x_ptr + i), F))
+
+
+@triton.jit
+def holding(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, elements.held(tl.load(x_ptr + i), F).to(tl.float32))
+
+
+@triton.jit
+def sigmoids(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, elements.fast_sigmoid(tl.load(x_ptr + i), F))
+
+
+@triton.jit
+def selected(z_ptr, e_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(y_ptr + i, elements.where_negative(0.0 - tl.load(z_ptr + i), tl.load(e_ptr + i), F))
+
+
+def every_bfloat16() -> torch.Tensor:
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).cuda()
+
+
+def both(kernel: Any, *operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the plain twin gives, and the assembly."""
+    found = []
+    for form in TWINS.values():
+        y = torch.full(operands[0].shape, torch.nan, device="cuda")
+        kernel[(1,)](*operands, y, operands[0].numel(), form, num_warps=8)
+        found.append(y)
+    return found[0], found[1]
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.view(torch.int32)
+
+
+@on_gpu
+@pytest.mark.parametrize("kernel", [widened, holding], ids=["widen", "held"])
+def test_every_bfloat16_is_widened_to_the_same_bits(kernel: Any) -> None:
+    x = every_bfloat16()
+    plain, assembly = both(kernel, x)
+    there = ~x.isnan()
+    assert torch.equal(bits(plain)[there], bits(assembly)[there])
+    assert plain[~there].isnan().all() and assembly[~there].isnan().all()
+
+
+@on_gpu
+def test_fast_sigmoid_is_within_its_error() -> None:
+    z = every_bfloat16().float()
+    _, assembly = both(sigmoids, z)
+    there = ~z.isnan()
+    exact = torch.sigmoid(z[there].double())
+    # Below 2 ** -126 the approximations flush to 0.
+    assert ((assembly[there] - exact).abs() <= 4e-7 * exact + 2.0**-126).all()
+    assert assembly[~there].isnan().all()
+
+
+@on_gpu
+def test_every_bfloat16_is_selected_by_sign() -> None:
+    """Zeros of both signs, infinities and the smallest numbers too; where z is NaN either is right."""
+    dy = every_bfloat16()
+    for z in (0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, 1e-45, -1e-45):
+        plain, assembly = both(selected, torch.full(dy.shape, z, device="cuda"), dy)
+        there = ~dy.isnan()
+        assert torch.equal(bits(plain)[there], bits(assembly)[there]), z
+        assert torch.equal(plain.isnan(), assembly.isnan()), z
+    z = every_bfloat16().float()
+    plain, assembly = both(selected, z, torch.full_like(dy, 3.0))
+    assert torch.equal(plain[~z.isnan()], assembly[~z.isnan()])
+    assert set(assembly.unique().tolist()) == {0.0, 3.0}
