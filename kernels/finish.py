@@ -71,9 +71,10 @@ def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.c
 @triton.jit
 def finish_groups(o, block, row, number, chunks_s, steps, n0, eps, momentum, F: tl.constexpr):
     """mean, rstd and the running statistics of a block of groups from all their chunks."""
+    STAT: tl.constexpr = F.STAT
     m, c, mk = group_block(block, n0, F)
     n = group_size(n0, F)
-    at = offsets((m, c, 0, 0), F.STAT, F)
+    at = offsets((m, c, 0, 0), STAT, F)
     mean, m2 = merge_moments(o, at, mk, row, 0, number, n, chunks_s, steps, n0, F)
     if F.CENTER:
         mean += first_elements(o, m, c, mk, F)
@@ -110,6 +111,8 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
 
     F.A: extent of a in p, which may be the columns of a group.
     """
+    STAT: tl.constexpr = F.STAT
+    W: tl.constexpr = F.W
     PER: tl.constexpr = F.FOLD[0]
     GROUPS: tl.constexpr = F.FOLD[2]
     m, c, mk = group_block(block, n0, F)
@@ -130,7 +133,7 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
             at = (m, c, a, 0)
             wmask = ma if F.ALONG_M else mask
         if F.DIRECT:
-            q = offsets((0, at[1], at[2], 0), F.W, F)
+            q = offsets((0, at[1], at[2], 0), W, F)
         else:
             q = column
         if o.dw is not None:
@@ -139,12 +142,12 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
             store(o.db, q, t0, mask)
         if o.c1 is not None:
             if o.w is not None:
-                w = load_at(o.w, at, F.W, wmask, F)
+                w = load_at(o.w, at, W, wmask, F)
                 t1 = t1 * w
                 t0 = t0 * w
             c1 += t1
             c0 += t0
-    q = offsets((m, c, 0, 0), F.STAT, F)
+    q = offsets((m, c, 0, 0), STAT, F)
     if o.c1 is not None:
         tl.store(o.c1 + q, of_groups(c1, F) / n, mask=mk)
     if o.c0 is not None:
@@ -160,10 +163,11 @@ def grad_finish(o, n0, chunks, F: tl.constexpr):
 @triton.jit(do_not_specialize=["n0", "rows"])
 def sum_rows(o, n0, rows, F: tl.constexpr):
     """p1, p0[row, c, a] -> dw, db[c, a] = sum over rows: BLOCK_A columns a program, BLOCK_P rows at a time."""
+    W: tl.constexpr = F.W
     i = (tl.program_id(0) * F.BLOCK_A + tl.arange(0, F.BLOCK_A))[None, None, :]
     n_a = extent(2, n0, F)
     columns = extent(1, n0, F) * n_a
-    at = offset(i // n_a, F.W, 1, F) + offset(i % n_a, F.W, 2, F)
+    at = offset(i // n_a, W, 1, F) + offset(i % n_a, W, 2, F)
     t1 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
     t0 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
     for row in range(0, rows, F.BLOCK_P):

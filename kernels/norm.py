@@ -34,13 +34,16 @@ from .tile import (
 
 @triton.jit
 def read_piece(o, t, PIECE: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr, write):
+    PRE: tl.constexpr = F.PRE
+    SUM: tl.constexpr = F.SUM
+    X: tl.constexpr = F.X
     if o.pre is None:
-        v = load(o.x, t, PIECE, F.X, F, KEEP)
+        v = load(o.x, t, PIECE, X, F, KEEP)
     else:
-        v = widen(load(o.x, t, PIECE, F.X, F), F) + widen(load(o.pre, t, PIECE, F.PRE, F), F)
+        v = widen(load(o.x, t, PIECE, X, F), F) + widen(load(o.pre, t, PIECE, PRE, F), F)
         v = rounded(v, o.sum.dtype.element_ty)
         if write is not None:
-            p = pointers(o.sum, t, PIECE, F.SUM, F)
+            p = pointers(o.sum, t, PIECE, SUM, F)
             store(p, 0, v, both(mask_of(t, PIECE, F), write), KEEP)
     return v
 
@@ -67,15 +70,17 @@ def load_pieces(ptr, t, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constex
 @triton.jit
 def first_elements(o, m, c, mk, F: tl.constexpr):
     """The first element of each group: sums about it cancel in no constant group."""
+    PRE: tl.constexpr = F.PRE
+    X: tl.constexpr = F.X
     PER: tl.constexpr = F.FOLD[0]
     if PER > 1:
         if F.ALONG_M:
             m = m // PER * PER
         else:
             c = c // PER * PER
-    v = load_at(o.x, (m, c, 0, 0), F.X, mk, F)
+    v = load_at(o.x, (m, c, 0, 0), X, mk, F)
     if o.pre is not None:
-        v = rounded(v + load_at(o.pre, (m, c, 0, 0), F.PRE, mk, F), o.sum.dtype.element_ty).to(F.ACC)
+        v = rounded(v + load_at(o.pre, (m, c, 0, 0), PRE, mk, F), o.sum.dtype.element_ty).to(F.ACC)
     return v
 
 
@@ -167,8 +172,9 @@ def keep_moments(o, mean, var, m, c, mk, n0, eps, momentum, F: tl.constexpr):
 
     A BatchNorm has channels along m or along c, never both: m · |c| + c counts them.
     """
+    STAT: tl.constexpr = F.STAT
     rstd = reciprocal_root(var + count(eps, F))
-    at = offsets((m, c, 0, 0), F.STAT, F)
+    at = offsets((m, c, 0, 0), STAT, F)
     if o.mean is not None:
         tl.store(o.mean + at, mean, mask=mk)
     tl.store(o.rstd + at, rstd, mask=mk)
@@ -184,6 +190,8 @@ def keep_moments(o, mean, var, m, c, mk, n0, eps, momentum, F: tl.constexpr):
 @triton.jit
 def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY):
     """y = act((x - mean) * rstd * w + b + post); w and b are loaded here, after the statistics (or the tile spills)."""
+    POST: tl.constexpr = F.POST
+    Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
     for p in tl.static_range(PIECES):
         z = widen(v[p], F) - mean
@@ -194,8 +202,8 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
         if o.b is not None:
             z = z + load_parameter(o.b, t, p, F)
         if o.post is not None:
-            z += widen(load(o.post, t, p, F.POST, F), F)
-        save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, F.Y, F, KEEP)
+            z += widen(load(o.post, t, p, POST, F), F)
+        save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -224,10 +232,13 @@ def parameters(o, t, F: tl.constexpr):
 @triton.jit
 def read_gradient(o, t, F: tl.constexpr, KEEP: tl.constexpr = ANY):
     """x, dy and post of each piece as they are in memory; post only where an activation's derivative asks for it."""
-    x = load_pieces(o.x, t, F.X, F, KEEP)
-    dy = load_pieces(o.dy, t, F.DY, F, KEEP)
+    DY: tl.constexpr = F.DY
+    POST: tl.constexpr = F.POST
+    X: tl.constexpr = F.X
+    x = load_pieces(o.x, t, X, F, KEEP)
+    dy = load_pieces(o.dy, t, DY, F, KEEP)
     if o.post is not None and F.ACT != "identity":
-        post = load_pieces(o.post, t, F.POST, F, KEEP)
+        post = load_pieces(o.post, t, POST, F, KEEP)
     else:
         post = ()
     return x, dy, post
@@ -259,13 +270,16 @@ def gradient(o, streams, mean, rstd, w, b, PIECE: tl.constexpr, F: tl.constexpr)
 @triton.jit
 def write_gradient(o, d, g, k1, k0, scale, t, PIECE: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
     """dx = g · rstd · w - (d · k1 + k0) + dsum, where scale = rstd · w, k1 = rstd² · c1, k0 = rstd · c0; dpost = g"""
+    DPOST: tl.constexpr = F.DPOST
+    DSUM: tl.constexpr = F.DSUM
+    DX: tl.constexpr = F.DX
     if o.dpost is not None:
-        save(o.dpost, g, t, PIECE, F.DPOST, F, KEEP)
+        save(o.dpost, g, t, PIECE, DPOST, F, KEEP)
     if o.dx is not None:
         dx = g * scale - (d * k1 + k0)
         if o.dsum is not None:
-            dx += widen(load(o.dsum, t, PIECE, F.DSUM, F), F)
-        save(o.dx, dx, t, PIECE, F.DX, F, KEEP)
+            dx += widen(load(o.dsum, t, PIECE, DSUM, F), F)
+        save(o.dx, dx, t, PIECE, DX, F, KEEP)
 
 
 @triton.jit

@@ -143,11 +143,12 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
 @triton.jit
 def store_affine(o, dw, db, t, part, PIECE: tl.constexpr, n0, F: tl.constexpr):
     """What a program has added up for dw and db, of one piece of a."""
+    W: tl.constexpr = F.W
     PER_SUM: tl.constexpr = F.FOLD[3]
     c = t.at[1]
     a = coordinates(t, PIECE, F)[2]
     if F.DIRECT:
-        at = offsets((0, c, a, 0), F.W, F)
+        at = offsets((0, c, a, 0), W, F)
     else:
         at = (part * extent(1, n0, F) + c) // PER_SUM * extent(2, n0, F) + a
     mask = a < t.n_a

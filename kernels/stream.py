@@ -51,6 +51,7 @@ def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
     STATISTICS    part_mean, part_m2[chunk, m, c]; a chunk is BLOCK_A × (number · BLOCK_S) elements of a group
     APPLY         y from mean and rstd (FROM_VAR: from mean and variance)
     """
+    X: tl.constexpr = F.X
     if F.PHASE == _STATISTICS:
         block, block_a, chunk_s = place(tl.program_id(0), tl.cdiv(extent(3, n0, F), F.WIDTH_S * number), n0, F)
         t = tile_of(block, block_a, chunk_s * number, n0, F)
@@ -60,7 +61,7 @@ def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
         i = tl.num_programs(0) - 1 - tl.program_id(0)
         block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S), n0, F)
         t = tile_of(block, block_a, chunk_s, n0, F)
-        v = load_pieces(o.x, t, F.X, F)
+        v = load_pieces(o.x, t, X, F)
         mean = 0.0
         if o.mean is not None:
             mean = load_kept(o.mean, t, F)
@@ -74,6 +75,8 @@ def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
 
 @triton.jit
 def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
+    SUM: tl.constexpr = F.SUM
+    X: tl.constexpr = F.X
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
     tiles = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
     units = (tl.num_programs(0) - lead) // tiles
@@ -88,7 +91,7 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
     # a condition would cost every program more.
     v = read_input(o, t, F, EVICT_LAST, begins)
     if o.pre is None:
-        x = load_pieces(o.x, u, F.X, F, EVICT_FIRST)
+        x = load_pieces(o.x, u, X, F, EVICT_FIRST)
     if begins:
         states = o.tickets + FIRST_STATE
         store_moments(o, v, t, block_a, chunk_s, 1, n0, F)
@@ -101,18 +104,19 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
         if o.pre is None:
             write_output(o, x, mean, rstd, u, F, EVICT_FIRST)
         else:  # the sum was written by a program of this launch: not to be read before
-            write_output(o, load_pieces(o.sum, u, F.SUM, F, EVICT_FIRST), mean, rstd, u, F, EVICT_FIRST)
+            write_output(o, load_pieces(o.sum, u, SUM, F, EVICT_FIRST), mean, rstd, u, F, EVICT_FIRST)
         leave(state, arrivals, tiles, F)
 
 
 @triton.jit
 def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     """Mean, less the group's first element, and sum of squares of one chunk, whose first tile is v."""
+    STAT: tl.constexpr = F.STAT
     GROUPS: tl.constexpr = F.FOLD[2]
     m = t.at[0]
     c = t.at[1]
     chunk = block_a * tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps) + chunk_s
-    at = chunk * number_of_groups(n0, F) + offsets((m, c, 0, 0), F.STAT, F)
+    at = chunk * number_of_groups(n0, F) + offsets((m, c, 0, 0), STAT, F)
     first = first_columns(t, F)
     if F.CENTER:
         if F.PHASE == _STATISTICS or GROUPS <= 16:
@@ -182,6 +186,7 @@ def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: t
     FAN > 0: so many chunks at a time are merged by the last of them first, so that a unit of hundreds of chunks of many
     groups leaves no long work to a single program.
     """
+    STAT: tl.constexpr = F.STAT
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
     if F.FAN > 0:  # there is one block of a
         rows = tl.cdiv(chunks_s, F.FAN)
@@ -192,7 +197,7 @@ def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: t
             tl.atomic_xchg(word, 0, sem="relaxed")
             m, c, mk = group_block(unit, n0, F)
             groups = number_of_groups(n0, F)
-            at = offsets((m, c, 0, 0), F.STAT, F)
+            at = offsets((m, c, 0, 0), STAT, F)
             n = chunk_size(chunk_s // F.FAN, rows, F.FAN, n0, F)
             mean, m2 = merge_moments(o, at, mk, begin, begin, number, n, chunks_s, 1, n0, F)
             q = (chunks_s + chunk_s // F.FAN) * groups + at

@@ -213,7 +213,7 @@ def coordinates(t, PIECE: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def mask_a(t, PIECE: tl.constexpr, F: tl.constexpr):
     """Which points of a a piece holds; None where all of them are there."""
-    return None if F.FULL_A > PIECE else coordinates(t, PIECE, F)[2] < t.n_a
+    return both(None if F.FULL_A > PIECE else coordinates(t, PIECE, F)[2] < t.n_a, None)
 
 
 @triton.jit
@@ -299,13 +299,15 @@ def load_at(ptr, at, STRIDES: tl.constexpr, mask, F: tl.constexpr, SHARED: tl.co
 @triton.jit
 def load_parameter(ptr, t, PIECE: tl.constexpr, F: tl.constexpr):
     """w or b of a piece."""
-    return load_at(ptr, coordinates(t, PIECE, F), F.W, mask_parameters(t, PIECE, F), F)
+    W: tl.constexpr = F.W
+    return load_at(ptr, coordinates(t, PIECE, F), W, mask_parameters(t, PIECE, F), F)
 
 
 @triton.jit
 def load_kept(ptr, t, F: tl.constexpr, SHARED: tl.constexpr = False):
     """A statistic of a tile's groups."""
-    return load_at(ptr, (t.at[0], t.at[1], 0, 0), F.STAT, t.mk, F, SHARED)
+    STAT: tl.constexpr = F.STAT
+    return load_at(ptr, (t.at[0], t.at[1], 0, 0), STAT, t.mk, F, SHARED)
 
 
 @triton.jit
