@@ -19,7 +19,7 @@ from .timing import Job
 MIB = 1 << 20
 SWEEP_ELEMENTS = 32 * MIB
 """Of x in a call of the sweep: 64 MiB in bf16, more than stays in L2 while sets of inputs rotate."""
-RESIDENT = ("forward", "backward", "backward_affine")
+RESIDENT = ("forward", "forward_sideways", "backward", "backward_affine")
 """Limits up to which groups are held on chip."""
 THRESHOLDS = (*RESIDENT, "window")
 """Limits that choose an engine; all other fields are values of one."""

@@ -82,7 +82,8 @@ def needs(task: Task, inputs: providers.Inputs) -> dict[str, Row]:
                 break
     layout = plans(task, inputs, {})["forward"].layout
     rows = layout.extent("s") == 1 and layout.extent("a") > 1
-    fields = {"forward": "forward", "backward": "backward_affine" if rows else "backward"}
+    fields = {"forward": "forward_sideways" if schedule.sideways(layout) else "forward",
+              "backward": "backward_affine" if rows else "backward"}  # fmt: skip
     for row in found.values():
         if row["need"] is not None and row["need"] < layout.group:  # whole rows in pieces, whatever the limit
             row["need"] = None

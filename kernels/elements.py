@@ -39,7 +39,11 @@ def held(v, F: tl.constexpr):
 
 @triton.jit
 def fast_sigmoid(z, F: tl.constexpr):
-    """1 / (1 + exp(-z)) of fp32 by ex2 and rcp: within 4e-7 of its value, far below half a step of bf16 or fp16."""
+    """1 / (1 + exp(-z)) of fp32 by ex2 and rcp.
+
+    By the errors that PTX's manual gives these, and that of z · log2(e), whose rounding is an error of the exponent, it
+    is within 5e-7 + 2e-7 · |z| of its value: for every z that counts far below half a step of bf16 or fp16.
+    """
     if F.PTX:
         s = tl.inline_asm_elementwise(
             "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000;"

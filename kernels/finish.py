@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .norm import first_elements, keep_moments
-from .sums import sums_along
+from .sums import sums_along, total
 from .tile import (
     extent,
     group_block,
@@ -31,17 +31,6 @@ def chunk_size(p, chunks_s, steps, n0, F: tl.constexpr):
 
 
 @triton.jit
-def of_groups(v, F: tl.constexpr):
-    """[groups, columns, chunks] -> sums of each group: a number, where there is one."""
-    GROUPS: tl.constexpr = F.FOLD[2]
-    if GROUPS == 1:
-        v = tl.sum(v)
-    else:
-        v = tl.sum(tl.sum(v, 2, keep_dims=True), 1, keep_dims=True)
-    return v
-
-
-@triton.jit
 def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.constexpr):
     """part_mean, part_m2[chunk, at] -> mean, m2 of chunks first to first + number, n elements in all.
 
@@ -57,7 +46,7 @@ def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.c
         for i in range(0, number, F.BLOCK_P):
             d = load_shared(o.part_mean, (row + i + p) * groups + at, mk & (i + p < number))
             t += d * chunk_size(first + i + p, chunks_s, steps, n0, F)
-        mean = of_groups(t, F) / n
+        mean = total(t, GROUPS) / n
     t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
     for i in range(0, number, F.BLOCK_P):
         mask = mk & (i + p < number)
@@ -65,7 +54,7 @@ def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.c
         if F.CENTER:
             d = tl.where(mask, load_shared(o.part_mean, (row + i + p) * groups + at, mask) - mean, 0.0)
             t += d * d * chunk_size(first + i + p, chunks_s, steps, n0, F)
-    return mean, of_groups(t, F)
+    return mean, total(t, GROUPS)
 
 
 @triton.jit
@@ -149,9 +138,9 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
             c0 += t0
     q = offsets((m, c, 0, 0), STAT, F)
     if o.c1 is not None:
-        tl.store(o.c1 + q, of_groups(c1, F) / n, mask=mk)
+        tl.store(o.c1 + q, total(c1, GROUPS) / n, mask=mk)
     if o.c0 is not None:
-        tl.store(o.c0 + q, of_groups(c0, F) / n, mask=mk)
+        tl.store(o.c0 + q, total(c0, GROUPS) / n, mask=mk)
 
 
 @triton.jit(do_not_specialize=["n0", "chunks"])

@@ -24,10 +24,9 @@ from .tile import (
     both,
     extent,
     mask_a,
-    place,
+    numbered_tile,
     store,
     tile_at,
-    tile_of,
     zeros,
 )
 
@@ -44,8 +43,7 @@ def grad_stream(o, n0, number, F: tl.constexpr):
     """
     PIECES: tl.constexpr = F.PIECES
     if F.PHASE == _STATISTICS:
-        block, block_a, chunk_s = place(tl.program_id(0), tl.cdiv(extent(3, n0, F), F.WIDTH_S * number), n0, F)
-        t = tile_of(block, block_a, chunk_s * number, n0, F)
+        t, _, block_a, chunk_s = numbered_tile(tl.program_id(0), number, n0, F)
         mean, rstd = saved_statistics(o, t, F)
         w, b = parameters(o, t, F)
         t1 = zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, F.ACC)
@@ -62,9 +60,7 @@ def grad_stream(o, n0, number, F: tl.constexpr):
         p1, p0 = tile_sums(t1, t0, F)
         store_sums(o, p1 * rstd, p0, t, chunk_of(block_a, chunk_s, tl.cdiv(t.n_s, F.WIDTH_S * number), F), n0, F)
     elif F.PHASE == _APPLY:
-        i = tl.num_programs(0) - 1 - tl.program_id(0)
-        block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S), n0, F)
-        t = tile_of(block, block_a, chunk_s, n0, F)
+        t, _, _, _ = numbered_tile(tl.num_programs(0) - 1 - tl.program_id(0), 1, n0, F)
         apply(o, read_gradient(o, t, F), t, False, F)
     else:
         paired(o, n0, number, F)
@@ -77,10 +73,8 @@ def paired(o, n0, lead, F: tl.constexpr):
     units = (tl.num_programs(0) - lead) // tiles
     arrivals = tl.cdiv(tiles, F.FAN) if F.FAN > 0 else tiles
     begins, tile, applies, applied = pair(draw(o.tickets), lead)
-    unit, block_a, chunk_s = place(tile, chunks_s, n0, F)
-    t = tile_of(unit, block_a, chunk_s, n0, F)
-    unit_u, block_u, chunk_u = place(applied, chunks_s, n0, F)
-    u = tile_of(unit_u, block_u, chunk_u, n0, F)
+    t, unit, block_a, chunk_s = numbered_tile(tile, 1, n0, F)
+    u, unit_u, _, _ = numbered_tile(applied, 1, n0, F)
 
     # Both tiles are on their way before either is used, see stream.paired().
     streams = read_gradient(o, t, F, EVICT_LAST)

@@ -127,9 +127,9 @@ def moments(v, t, n, first, F: tl.constexpr):
     s1, s2 = add_moments(None, None, v, t, 0.0 if F.BLOCK_K > 1 else first, F)
     if not F.CENTER:
         mean = 0.0
-        m2 = by_group(total(s2, F), F)
+        m2 = by_group(total(s2, F.BLOCK_K), F)
     elif F.BLOCK_K > 1:
-        near = by_group(total(s1, F), F) / n
+        near = by_group(total(s1, F.BLOCK_K), F) / n
         s1, s2 = add_moments(None, None, v, t, near, F)
         s1, s2 = totals(s1, s2, F)
         s1 = by_group(s1, F)
@@ -316,7 +316,7 @@ def group_sums(t1, t0, F: tl.constexpr):
     if F.CENTER:
         t1, t0 = totals(t1, t0, F)
     else:
-        t1 = total(t1, F)
+        t1 = total(t1, F.BLOCK_K)
     if PER_SUM == 1:
         t1 = by_group(t1, F)
         if F.CENTER:

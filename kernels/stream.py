@@ -34,10 +34,9 @@ from .tile import (
     group_block,
     load_kept,
     number_of_groups,
+    numbered_tile,
     offsets,
-    place,
     tile_at,
-    tile_of,
 )
 
 _APPLY = tl.constexpr(APPLY)
@@ -48,19 +47,16 @@ _STATISTICS = tl.constexpr(STATISTICS)
 def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
     """x[m, c, a, s] -> y[m, c, a, s], mean[m, c], rstd[m, c]; `number`: tiles of a chunk (STATISTICS), or the lead.
 
-    STATISTICS    part_mean, part_m2[chunk, m, c]; a chunk is BLOCK_A × (number · BLOCK_S) elements of a group
+    STATISTICS    part_mean, part_m2[chunk, m, c]; a chunk is `number` tiles of a group
     APPLY         y from mean and rstd (FROM_VAR: from mean and variance)
     """
     X: tl.constexpr = F.X
     if F.PHASE == _STATISTICS:
-        block, block_a, chunk_s = place(tl.program_id(0), tl.cdiv(extent(3, n0, F), F.WIDTH_S * number), n0, F)
-        t = tile_of(block, block_a, chunk_s * number, n0, F)
+        t, _, block_a, chunk_s = numbered_tile(tl.program_id(0), number, n0, F)
         store_moments(o, read_input(o, t, F), t, block_a, chunk_s, number, n0, F)
     elif F.PHASE == _APPLY:
         # The last tile first: the end of x is what the statistics left in L2.
-        i = tl.num_programs(0) - 1 - tl.program_id(0)
-        block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S), n0, F)
-        t = tile_of(block, block_a, chunk_s, n0, F)
+        t, _, _, _ = numbered_tile(tl.num_programs(0) - 1 - tl.program_id(0), 1, n0, F)
         v = load_pieces(o.x, t, X, F)
         mean = 0.0
         if o.mean is not None:
@@ -82,10 +78,8 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
     units = (tl.num_programs(0) - lead) // tiles
     arrivals = tl.cdiv(chunks_s, F.FAN) if F.FAN > 0 else tiles
     begins, tile, applies, applied = pair(draw(o.tickets), lead)
-    unit, block_a, chunk_s = place(tile, chunks_s, n0, F)
-    t = tile_of(unit, block_a, chunk_s, n0, F)
-    unit_u, block_u, chunk_u = place(applied, chunks_s, n0, F)
-    u = tile_of(unit_u, block_u, chunk_u, n0, F)
+    t, unit, block_a, chunk_s = numbered_tile(tile, 1, n0, F)
+    u, unit_u, _, _ = numbered_tile(applied, 1, n0, F)
 
     # Both tiles are on their way before either is used; at the ends, where there is one, the other is read for nothing:
     # a condition would cost every program more.
@@ -131,7 +125,7 @@ def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
         for i in range(1, steps):
             u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
             _, d2 = add_moments(None, d2, read_input(o, u, F), u, 0.0, F)
-        m2 = by_group(total(d2, F), F)
+        m2 = by_group(total(d2, F.BLOCK_K), F)
     tl.store(o.part_m2 + at, m2, mask=first)
 
 
@@ -154,7 +148,7 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     shift = first
     if GROUPS > 16:
         d1, _ = add_moments(None, None, v, t, 0.0, F)
-        shift = by_group(total(d1, F), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
+        shift = by_group(total(d1, F.BLOCK_K), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
     s1, s2 = chunk_sums(o, v, t, shift, block_a, chunk_s, steps, n0, F)
     mean = s1 / n
     m2 = tl.maximum(s2 - s1 * mean, 0.0)

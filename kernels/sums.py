@@ -13,9 +13,9 @@ def plus(s, v):
 
 
 @triton.jit
-def total(v, F: tl.constexpr):
-    """Sum of a tile over a and s: [BLOCK_K, BLOCK_A, BLOCK_S] -> [BLOCK_K, 1, 1], or a number where BLOCK_K is 1."""
-    if F.BLOCK_K == 1:
+def total(v, K: tl.constexpr):
+    """Sum over all but the first axis: [K, A, S] -> [K, 1, 1], or a number where K is 1."""
+    if K == 1:
         v = tl.sum(v)
     else:
         v = tl.sum(tl.sum(v, 2, keep_dims=True), 1, keep_dims=True)
@@ -35,7 +35,7 @@ def sums_along(v, u, AXIS: tl.constexpr, F: tl.constexpr):
 
 @triton.jit
 def totals(v, u, F: tl.constexpr):
-    """total() of both."""
+    """total() of two tiles."""
     if F.BLOCK_K > 1:
         v, u = sums_along(v, u, 2, F)
         if F.BLOCK_A > 1:

@@ -213,6 +213,7 @@ def coordinates(t, PIECE: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def mask_a(t, PIECE: tl.constexpr, F: tl.constexpr):
     """Which points of a a piece holds; None where all of them are there."""
+    # Through both(): before Triton 3.7 a function returns no None of its own.
     return both(None if F.FULL_A > PIECE else coordinates(t, PIECE, F)[2] < t.n_a, None)
 
 
@@ -243,6 +244,13 @@ def place(i, chunks_s, n0, F: tl.constexpr):
         block = i // chunks
         chunk = i % chunks
     return block, chunk // chunks_s, chunk % chunks_s
+
+
+@triton.jit
+def numbered_tile(i, steps, n0, F: tl.constexpr):
+    """The first tile of the i-th chunk of `steps` tiles along s, and what place() says of it."""
+    block, block_a, chunk_s = place(i, tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps), n0, F)
+    return tile_of(block, block_a, chunk_s * steps, n0, F), block, block_a, chunk_s
 
 
 @triton.jit

@@ -176,15 +176,16 @@ class Shapes(NamedTuple):
             given = {name: steps if name == "W" else ((0,), *steps[1:]) for name, steps in given.items()}
         return layout, {name: given.get(name, ABSENT) for name, _ in self.operands}
 
-    def planes(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
-        """The layout, and its operands, with the batch counted as a, where planes of a batch are averaged over: a tile
-        is then a piece of several planes, at constant distances; see Layout.of_planes()."""
+    def planes(self, layout: Layout, itemsize: int, acc_bytes: int) -> tuple[Tile, Layout, dict[str, Any]] | None:
+        """A tile, the layout, and its operands, with the batch counted as a, where planes of a batch are averaged over:
+        the tile is a piece of several planes, at constant distances; see Layout.of_planes()."""
         planes = layout.of_planes()
-        if planes is None or plane_tile(planes, itemsize) is None:
+        tile = None if planes is None else plane_tile(planes, itemsize, acc_bytes)
+        if planes is None or tile is None:
             return None
         places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
         given = {name: planes.operand(i) for name, i in places.items()}
-        return planes, {name: given.get(name, ABSENT) for name, _ in self.operands}
+        return tile, planes, {name: given.get(name, ABSENT) for name, _ in self.operands}
 
     def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
         """The folded layout and its operands, where it allows wider accesses than `layout`; see Layout.folded."""

@@ -46,7 +46,9 @@ class _Backward:
         self.n_m, self.n_c, self.n_a, self.n_s = (self.base.extent(letter) for letter in "mcas")
         self.columns = self.n_c * self.n_a
         self.form = form(self.layout, operands, spec, acc, device)
-        self.tiled, tiled = shapes.planes(self.layout, itemsize) or (self.layout, operands)
+        found = shapes.planes(self.layout, itemsize, self.acc_bytes)
+        self.planes: Tile | None
+        self.planes, self.tiled, tiled = found or (None, self.layout, operands)
         self.tiled_form = form(self.tiled, tiled, spec, acc, device)
         # What finishes know of: groups.
         self.grouped = form(self.base, {"W": base["W"]}, spec, acc, device)._replace(ACT="identity")
@@ -125,13 +127,14 @@ class _Backward:
         return ticketed(
             self.tiled, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer,
             self.limits.grad_ticket_warp // (2 if masked else 1), self.limits.rows, self.limits, self.device,
+            self.planes,
         )  # fmt: skip
 
     def ticketed(self, tickets: Tickets) -> Plan:
         direct = self.n_m == 1
         totals = self.totals(direct, self.n_m)
         p0 = "p0" if self.spec.center or self.db else ""
-        chunks = tickets.chunks_s if self.tiled is self.layout else tickets.tiles
+        chunks = tickets.chunks_s if self.planes is None else tickets.tiles
         self.take(("p1", p0), tickets.rows(chunks) * self.layout.groups * self.n_a)
         merge_a = min(32, schedule.next_power_of_2(self.n_a))
         self.launches.append(Launch(
@@ -166,7 +169,7 @@ class _Backward:
     def chunk(self) -> Tile:
         """A tile of long rows: one warp owns a chunk of columns, so that their sums need no barrier."""
         if schedule.in_rows(self.layout):
-            return schedule.row_chunk(self.layout, self.itemsize, self.acc_bytes)
+            return schedule.row_chunk(self.layout, self.itemsize)
         return self.stream()
 
     def stream(self, fewer: int = 1) -> Tile:

@@ -296,7 +296,7 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
 
 
-def plane_tile(layout: Layout, itemsize: int) -> Tile | None:
+def plane_tile(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
     """A tile of several planes (they are a, see Layout.of_planes()): pieces of a line of memory or more that a plane
     divides into; None where it divides into no such pieces, or is one itself."""
     n = layout.extent("s")
@@ -305,7 +305,7 @@ def plane_tile(layout: Layout, itemsize: int) -> Tile | None:
         return None
     pieces = max(p for p in range(1, 15) if n // s % p == 0)
     a = 1
-    while 2 * a * s * pieces <= 8192 * 2 // itemsize:
+    while 2 * a * s * pieces <= 8192 * 2 // itemsize * 4 // acc_bytes:
         a *= 2
     return Tile(False, 1, a, s, 4, pieces=pieces)
 
@@ -377,9 +377,10 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
         return None
     each = max(4, across)
     k = min(each // across, kept_bound(layout, "m"))
-    return Tile(True, k, 32 * lane * across, 1, k * across, 0, 1, -(-n // (32 * lane * across)), True)
+    a = 32 * lane * across
+    return Tile(True, k, a, 1, k * across, pieces=-(-n // a), along_a=True)
 
 
-def row_chunk(layout: Layout, itemsize: int, acc_bytes: int) -> Tile:
+def row_chunk(layout: Layout, itemsize: int) -> Tile:
     """A tile of rows too long for one program: 16 bytes a lane of one warp, of four rows."""
     return Tile(True, min(4, kept_bound(layout, "m")), 32 * 16 // itemsize, 1, 1)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .layout import Layout
-from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, plane_tile, stream, vector
+from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, stream, vector
 
 FIRST_STATE = 32
 """Where the states of units begin, as in kernels/tickets.py."""
@@ -52,18 +52,17 @@ def long_rows(layout: Layout) -> bool:
 
 def ticketed(
     layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, rows: int,
-    limits: Limits, device: Device,
+    limits: Limits, device: Device, planes: Tile | None,
 ) -> Tickets | None:  # fmt: skip
     """How a ticketed launch walks, or None where no unit fits the window; `streams`: operands of the size of x that it
-    reads twice; `rows`: side by side in a tile of long rows, at most."""
+    reads twice; `rows`: side by side in a tile of long rows, at most; `planes`: the tile of a layout of planes."""
     window = limits.window or device.window
     if limits.engine == "ticketed":
         window = max(window, 1 << 40)
-    if vector(layout, itemsize) == 1 or itemsize == 4:  # see whole_groups; and tiles are counted in bytes of bf16
+    if vector(layout, itemsize) == 1 or itemsize >= 4:  # see whole_groups; and tiles are counted in bytes of bf16
         elements, per_warp = elements // 2, per_warp // 2
-    planes = plane_tile(layout, itemsize) if layout.batch == "a" and layout.extent("s") > 1 and acc_bytes == 4 else None
     streamed = stream(layout, itemsize, acc_bytes, elements, per_warp)
-    for tile in [planes] if planes else _tiles(layout, streamed, itemsize, rows, limits):
+    for tile in _tiles(layout, streamed, itemsize, rows, limits) if planes is None else [planes]:
         # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
         side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
         unit = side // tile.fold * layout.group * itemsize * streams

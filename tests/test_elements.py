@@ -79,7 +79,8 @@ def test_fast_sigmoid_is_within_its_error() -> None:
     there = ~z.isnan()
     exact = torch.sigmoid(z[there].double())
     # Below 2 ** -126 the approximations flush to 0.
-    assert ((assembly[there] - exact).abs() <= 4e-7 * exact + 2.0**-126).all()
+    bound = (5e-7 + 2e-7 * z[there].abs().clamp(max=100).double()) * exact  # beyond, it is 0 or 1
+    assert ((assembly[there] - exact).abs() <= bound + 2.0**-126).all()
     assert assembly[~there].isnan().all()
 
 

@@ -83,7 +83,7 @@ def test_the_case_table(device: str, only: str, tmp_path: Path) -> None:
         if n["streams"] and n["narrowest_bits"] < 64 and inner_extent(row) % 4 == 0
     ]
     assert not short, f"accesses of less than 8 bytes where the inner extent divides by 4: {short}"
-    # 64 rows are 64 programs, whatever idles beside them: one launch that waits for nothing, as on fewer bytes.
+    # 64 rows are 64 programs: predicted faster than tiles that fill the device and wait for one another.
     few = {"long row 32768 contiguous forward"}
     found = [row for row in rows if "idle" in problems(row) and name(row) not in few]
     idle = [f"{name(row)}: {worst(row)['idle']:.0%}" for row in found]

@@ -63,7 +63,7 @@ def test_the_limit_that_a_call_needs_is_the_one_that_decides() -> None:
 
 def test_groups_past_their_limit_are_held_on_chip_for_the_comparison() -> None:
     """Else nobody would see that a limit is too low; far past it nobody is asked."""
-    for columns, held in ((65536, True), (1 << 18, False)):
+    for columns, held in ((32768, True), (1 << 18, False)):
         task = a_task("engine", BY_NAME["long row 32768"])
         kept, rows = tune_measure.distinct(task, task.job.inputs((3, columns), 0))
         assert ("resident" in kept) == held and "split" in kept
