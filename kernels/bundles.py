@@ -80,6 +80,9 @@ class Form(NamedTuple):
     FULL_A: Any = 0
     """Of how many pieces of a tile, whichever it is, all points of a are there; FULL_S: of s."""
     FULL_S: Any = 0
+    CLAMP_A: Any = False
+    """Whether tiles may stick out along a alone, and with whole lanes: they read its last point again, which costs no
+    mask, and leave it out of sums."""
     SHARED_A: Any = False
     """Whether a is averaged over as s is: no parameter runs along it.  A tile of planes has two axes of s so."""
     PHASE: Any = BOTH

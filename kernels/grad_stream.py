@@ -23,6 +23,7 @@ from .tile import (
     EVICT_LAST,
     both,
     extent,
+    inside,
     mask_a,
     numbered_tile,
     store,
@@ -61,7 +62,9 @@ def grad_stream(o, n0, number, F: tl.constexpr):
         store_sums(o, p1 * rstd, p0, t, chunk_of(block_a, chunk_s, tl.cdiv(t.n_s, F.WIDTH_S * number), F), n0, F)
     elif F.PHASE == _APPLY:
         t, _, _, _ = numbered_tile(tl.num_programs(0) - 1 - tl.program_id(0), 1, n0, F)
-        apply(o, read_gradient(o, t, F), t, False, F)
+        mean, rstd = saved_statistics(o, t, F)
+        w, b = parameters(o, t, F)
+        apply(o, read_gradient(o, t, F), mean, rstd, w, b, t, False, F)
     else:
         paired(o, n0, number, F)
 
@@ -81,15 +84,21 @@ def paired(o, n0, lead, F: tl.constexpr):
     again = read_gradient(o, u, F, EVICT_FIRST)
     mean, rstd = saved_statistics(o, t, F)
     w, b = parameters(o, t, F)
-    PIECES: tl.constexpr = F.PIECES
-    p1 = None
-    p0 = None
-    for p in tl.static_range(PIECES):
-        d, g = gradient(o, streams, mean, rstd, w, b, p, F)
-        p1 = plus(p1, g * d)
-        p0 = plus(p0, g)
-    p1, p0 = tile_sums(p1, p0, F)
+    if F.BLOCK_K == 1 and F.SHARED_A:  # numbers
+        mean_u, rstd_u = saved_statistics(o, u, F)
+        w_u, b_u = parameters(o, u, F)
     if begins:
+        PIECES: tl.constexpr = F.PIECES
+        p1 = None
+        p0 = None
+        for p in tl.static_range(PIECES):
+            d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+            p1 = plus(p1, g * d)
+            p0 = plus(p0, g)
+        if F.CLAMP_A:
+            p1 = inside(p1, t, 0, F)
+            p0 = inside(p0, t, 0, F)
+        p1, p0 = tile_sums(p1, p0, F)
         states = o.tickets + FIRST_STATE
         chunk = chunk_of(block_a, chunk_s, chunks_s, F)
         column, mask = store_sums(o, p1 * rstd, p0, t, chunk, n0, F)
@@ -97,14 +106,15 @@ def paired(o, n0, lead, F: tl.constexpr):
     if applies:
         state = o.tickets + FIRST_STATE + unit_u
         wait(state, arrivals, F)
-        apply(o, again, u, True, F, EVICT_FIRST)
+        if F.BLOCK_K > 1 or not F.SHARED_A:
+            mean_u, rstd_u = saved_statistics(o, u, F)
+            w_u, b_u = parameters(o, u, F)
+        apply(o, again, mean_u, rstd_u, w_u, b_u, u, True, F, EVICT_FIRST)
         leave(state, arrivals, tiles, F)
 
 
 @triton.jit
-def apply(o, streams, t, SHARED: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
-    mean, rstd = saved_statistics(o, t, F)
-    w, b = parameters(o, t, F)
+def apply(o, streams, mean, rstd, w, b, t, SHARED: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
     k1, k0 = given_sums(o, t, rstd, F, SHARED)
     PIECES: tl.constexpr = F.PIECES
     for p in tl.static_range(PIECES):

@@ -88,15 +88,13 @@ def first_elements(o, m, c, mk, F: tl.constexpr):
 def add_moments(s1, s2, v, t, shift, F: tl.constexpr):
     """Sums of v - shift and of its squares, by lane; to s1 and s2, or None."""
     PIECES: tl.constexpr = F.PIECES
-    # Where a lane is outside with all its pieces, or with none, it is enough to leave out its sums.
-    LATER: tl.constexpr = PIECES > 1 and not F.PIECES_A and F.FULL_S >= PIECES
     for p in tl.static_range(PIECES):
         d = widen(v[p], F) - shift
-        if not LATER:
+        if not F.CLAMP_A:
             d = inside(d, t, p, F)
         s1 = plus(s1, d)
         s2 = plus(s2, d * d)
-    if LATER:
+    if F.CLAMP_A:
         s1 = inside(s1, t, 0, F)
         s2 = inside(s2, t, 0, F)
     return s1, s2
@@ -194,13 +192,13 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
     for p in tl.static_range(PIECES):
-        z = widen(v[p], F) - mean
-        if o.w is not None:
-            z = z * (rstd * load_parameter(o.w, t, p, F))
-        else:
-            z = z * rstd
+        if p == 0 or F.PIECES_A:  # along s all pieces have the same
+            scale = rstd if o.w is None else rstd * load_parameter(o.w, t, p, F)
+            if o.b is not None:
+                b = load_parameter(o.b, t, p, F)
+        z = (widen(v[p], F) - mean) * scale
         if o.b is not None:
-            z = z + load_parameter(o.b, t, p, F)
+            z = z + b
         if o.post is not None:
             z += widen(load(o.post, t, p, POST, F), F)
         save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
@@ -224,8 +222,11 @@ def parameters(o, t, F: tl.constexpr):
     w = ()
     b = ()
     for p in tl.static_range(PIECES):
-        w = w + (load_parameter(o.w, t, p, F) if o.w is not None else 1.0,)
-        b = b + (load_parameter(o.b, t, p, F) if o.b is not None and F.ACT != "identity" else 0.0,)
+        if p == 0 or F.PIECES_A:  # along s all pieces have the same
+            wp = load_parameter(o.w, t, p, F) if o.w is not None else 1.0
+            bp = load_parameter(o.b, t, p, F) if o.b is not None and F.ACT != "identity" else 0.0
+        w = w + (wp,)
+        b = b + (bp,)
     return w, b
 
 

@@ -225,8 +225,23 @@ def mask_of(t, PIECE: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def clamped(t, F: tl.constexpr):
+    """The tile as it is read: past the end of a, where CLAMP_A, the last point again, which costs no mask."""
+    at = t.at
+    if F.CLAMP_A:
+        at = (at[0], at[1], tl.minimum(at[2], t.n_a - 1), at[3])
+    return Tile(at=at, mk=t.mk, n_a=t.n_a, n_s=t.n_s)
+
+
+@triton.jit
+def mask_read(t, PIECE: tl.constexpr, F: tl.constexpr):
+    """Which elements of a piece are read."""
+    return both(None, None) if F.CLAMP_A else mask_of(t, PIECE, F)
+
+
+@triton.jit
 def mask_parameters(t, PIECE: tl.constexpr, F: tl.constexpr):
-    return both(None if F.FULL_K or F.ALONG_M else t.mk, mask_a(t, PIECE, F))
+    return both(None if F.FULL_K or F.ALONG_M else t.mk, None if F.SHARED_A else mask_a(t, PIECE, F))
 
 
 @triton.jit
@@ -267,14 +282,14 @@ def pointers(ptr, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr
 
 @triton.jit
 def load(ptr, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
-    """Elements of a piece as they are in memory, 0 outside.
+    """Elements of a piece as they are in memory, 0 outside (or anything, where CLAMP_A).
 
     KEEP: EVICT_LAST, EVICT_FIRST or ANY.
     """
-    p = pointers(ptr, t, PIECE, STRIDES, F)
+    p = pointers(ptr, clamped(t, F), PIECE, STRIDES, F)
     # Where the operand does not vary, too, there is one for each lane.
     p, _ = tl.broadcast(p, zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, tl.int1))
-    mask = mask_of(t, PIECE, F)
+    mask = mask_read(t, PIECE, F)
     if mask is None:
         v = tl.load(p, eviction_policy=KEEP)
     else:
@@ -315,7 +330,7 @@ def load_parameter(ptr, t, PIECE: tl.constexpr, F: tl.constexpr):
 def load_kept(ptr, t, F: tl.constexpr, SHARED: tl.constexpr = False):
     """A statistic of a tile's groups."""
     STAT: tl.constexpr = F.STAT
-    return load_at(ptr, (t.at[0], t.at[1], 0, 0), STAT, t.mk, F, SHARED)
+    return load_at(ptr, (t.at[0], t.at[1], 0, 0), STAT, None if F.FULL_K else t.mk, F, SHARED)
 
 
 @triton.jit

@@ -49,7 +49,7 @@ class _Backward:
         found = shapes.planes(self.layout, itemsize, self.acc_bytes)
         self.planes: Tile | None
         self.planes, self.tiled, tiled = found or (None, self.layout, operands)
-        self.tiled_form = form(self.tiled, tiled, spec, acc, device)
+        self.tiled_form = form(self.tiled, tiled, spec, acc, device)._replace(CLAMP_A=self.planes is not None)
         # What finishes know of: groups.
         self.grouped = form(self.base, {"W": base["W"]}, spec, acc, device)._replace(ACT="identity")
         self.activated = spec.activation != "identity"

@@ -43,7 +43,7 @@ class _Forward:
         found = shapes.planes(self.layout, itemsize, self.acc_bytes)
         self.planes: Tile | None
         self.planes, self.tiled, tiled = found or (None, self.layout, self.operands)
-        self.tiled_form = form(self.tiled, tiled, spec, acc, device)
+        self.tiled_form = form(self.tiled, tiled, spec, acc, device)._replace(CLAMP_A=self.planes is not None)
         self.summed = self.operands["SUM"] is not ABSENT
         self.parts = ("part_mean", "part_m2") if spec.center else ("part_m2",)
 
