@@ -80,6 +80,9 @@ class Form(NamedTuple):
     FULL_A: Any = 0
     """Of how many pieces of a tile, whichever it is, all points of a are there; FULL_S: of s."""
     FULL_S: Any = 0
+    CLAMP_K: Any = 0
+    """Elements of an access, where the last block of columns begins so that it ends where they do: some of the one
+    before it are done twice, to the same results, and no block needs a mask."""
     CLAMP_A: Any = False
     """Whether tiles may stick out along a alone, and with whole lanes: they read its last point again, which costs no
     mask, and leave it out of sums."""
@@ -98,5 +101,7 @@ class Form(NamedTuple):
     """Columns of p1 and p0 that a merge takes at once."""
     BLOCK_P: Any = 1
     """Partial results that a merge takes at once."""
+    APART: Any = 1
+    """Columns of a group whose partial results a finish finds apart."""
     FAN: Any = 0
     """Chunks that are merged at a time; 0: all at once."""

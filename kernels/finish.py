@@ -8,6 +8,7 @@ from .sums import sums_along, total
 from .tile import (
     extent,
     group_block,
+    group_number,
     group_size,
     load_at,
     load_shared,
@@ -20,51 +21,78 @@ from .tile import (
 
 
 @triton.jit
+def partial_row(i, row, at, width, F: tl.constexpr):
+    """Where the i-th partial result lies of those of a group, whose first chunk is `row`: a chunk's after the other,
+    and in a chunk a column's after the other, where these are kept apart; `width`: groups of a row."""
+    if F.APART > 1:
+        q = ((row + i // F.APART) * width + at) * F.APART + i % F.APART
+    else:
+        q = (row + i) * width + at
+    return q
+
+
+@triton.jit
 def chunk_size(p, chunks_s, steps, n0, F: tl.constexpr):
-    """Number of elements in chunk p of a group (0 past the last)."""
+    """Number of elements of which a partial result of chunk p is (0 past the last)."""
     a = F.WIDTH_A
     s = steps * F.WIDTH_S
     n_a = tl.minimum(tl.maximum(extent(2, n0, F) - (p // chunks_s) * a, 0), a)
     n_s = tl.minimum(extent(3, n0, F) - (p % chunks_s) * s, s)
     PER: tl.constexpr = F.FOLD[0]
-    return n_a.to(F.ACC) * n_s.to(F.ACC) * PER
+    return n_a.to(F.ACC) * n_s.to(F.ACC) * (PER // F.APART)
 
 
 @triton.jit
-def merge_moments(o, at, mk, row, first, number, n, chunks_s, steps, n0, F: tl.constexpr):
-    """part_mean, part_m2[chunk, at] -> mean, m2 of chunks first to first + number, n elements in all.
+def partial_mean(o, i, row, first, m, c, mask, n0, F: tl.constexpr):
+    """Of the i-th partial result of a group its mean, less the group's `first` element.
+
+    Where columns are kept apart it was stored less the first element of its column.
+    """
+    at = group_number(m, c, n0, F)
+    d = load_shared(o.part_mean, partial_row(i, row, at, number_of_groups(n0, F), F), mask)
+    if F.APART > 1:
+        if F.ALONG_M:
+            m = m + i % F.APART
+        else:
+            c = c + i % F.APART
+        d += first_elements(o, m, c, mask, F) - first
+    return d
+
+
+@triton.jit
+def merge_moments(o, m, c, mk, row, first, number, n, chunks_s, steps, n0, F: tl.constexpr):
+    """part_mean, part_m2 of (m, c) -> mean, m2 of chunks first to first + number, n elements in all.
 
     Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  Means are less the group's
     first element, so that nothing is lost where they are far from 0.  `row`: where the first chunk lies in memory.
     """
     GROUPS: tl.constexpr = F.FOLD[2]
-    groups = number_of_groups(n0, F)
     p = tl.arange(0, F.BLOCK_P)[None, None, :]
     mean = 0.0
+    group_first = first_elements(o, m, c, mk, F) if F.CENTER and F.APART > 1 else 0.0
     if F.CENTER:
         t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
-        for i in range(0, number, F.BLOCK_P):
-            d = load_shared(o.part_mean, (row + i + p) * groups + at, mk & (i + p < number))
-            t += d * chunk_size(first + i + p, chunks_s, steps, n0, F)
+        for i in range(0, number * F.APART, F.BLOCK_P):
+            d = partial_mean(o, i + p, row, group_first, m, c, mk & (i + p < number * F.APART), n0, F)
+            t += d * chunk_size(first + (i + p) // F.APART, chunks_s, steps, n0, F)
         mean = total(t, GROUPS) / n
     t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
-    for i in range(0, number, F.BLOCK_P):
-        mask = mk & (i + p < number)
-        t += load_shared(o.part_m2, (row + i + p) * groups + at, mask)
+    at = group_number(m, c, n0, F)
+    for i in range(0, number * F.APART, F.BLOCK_P):
+        mask = mk & (i + p < number * F.APART)
+        t += load_shared(o.part_m2, partial_row(i + p, row, at, number_of_groups(n0, F), F), mask)
         if F.CENTER:
-            d = tl.where(mask, load_shared(o.part_mean, (row + i + p) * groups + at, mask) - mean, 0.0)
-            t += d * d * chunk_size(first + i + p, chunks_s, steps, n0, F)
+            d = tl.where(mask, partial_mean(o, i + p, row, group_first, m, c, mask, n0, F) - mean, 0.0)
+            t += d * d * chunk_size(first + (i + p) // F.APART, chunks_s, steps, n0, F)
     return mean, total(t, GROUPS)
 
 
 @triton.jit
 def finish_groups(o, block, row, number, chunks_s, steps, n0, eps, momentum, F: tl.constexpr):
     """mean, rstd and the running statistics of a block of groups from all their chunks."""
-    STAT: tl.constexpr = F.STAT
     m, c, mk = group_block(block, n0, F)
     n = group_size(n0, F)
-    at = offsets((m, c, 0, 0), STAT, F)
-    mean, m2 = merge_moments(o, at, mk, row, 0, number, n, chunks_s, steps, n0, F)
+    mean, m2 = merge_moments(o, m, c, mk, row, 0, number, n, chunks_s, steps, n0, F)
     if F.CENTER:
         mean += first_elements(o, m, c, mk, F)
     keep_moments(o, mean, m2 / n, m, c, mk, n0, eps, momentum, F)
@@ -84,9 +112,9 @@ def merge_sums(o, row, number, at, mask, columns, K: tl.constexpr, A: tl.constex
     p = tl.arange(0, F.BLOCK_P)[None, None, :]
     t1 = zeros(K, A, F.BLOCK_P, F.ACC)
     t0 = zeros(K, A, F.BLOCK_P, F.ACC)
-    for i in range(0, number, F.BLOCK_P):
-        q = (row + i + p) * columns + at
-        here = mask & (i + p < number)
+    for i in range(0, number * F.APART, F.BLOCK_P):
+        q = partial_row(i + p, row, at, columns, F)
+        here = mask & (i + p < number * F.APART)
         t1 += load_shared(o.p1, q, here)
         if o.p0 is not None:
             t0 += load_shared(o.p0, q, here)
@@ -113,7 +141,7 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
         a = (i + tl.arange(0, F.MERGE_A))[None, :, None]
         ma = a < F.A
         mask = mk & ma
-        column = (m * extent(1, n0, F) + c) // PER * F.A + a
+        column = group_number(m, c, n0, F) * F.A + a
         t1, t0 = merge_sums(o, row, chunks, column, mask, groups * F.A, GROUPS, F.MERGE_A, F)
         if PER > 1 and F.A > 1:  # the a of p are columns of c
             at = (m, c + a, 0, 0)

@@ -28,6 +28,7 @@ from .tile import (
     numbered_tile,
     store,
     tile_at,
+    tiles_of,
     zeros,
 )
 
@@ -49,7 +50,7 @@ def grad_stream(o, n0, number, F: tl.constexpr):
         w, b = parameters(o, t, F)
         t1 = zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, F.ACC)
         t0 = zeros(F.BLOCK_K, F.BLOCK_A, F.BLOCK_S, F.ACC)
-        for i in range(0, number):
+        for i in range(0, tiles_of(chunk_s, number, n0, F)):
             s_start = (chunk_s * number + i) * F.WIDTH_S
             u = tile_at(t.at[0], t.at[1], t.mk, block_a * F.WIDTH_A, s_start, n0, F)
             streams = read_gradient(o, u, F)

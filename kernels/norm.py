@@ -69,15 +69,9 @@ def load_pieces(ptr, t, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constex
 
 @triton.jit
 def first_elements(o, m, c, mk, F: tl.constexpr):
-    """The first element of each group: sums about it cancel in no constant group."""
+    """The first element of each column: sums about that of its group's first one cancel in no constant group."""
     PRE: tl.constexpr = F.PRE
     X: tl.constexpr = F.X
-    PER: tl.constexpr = F.FOLD[0]
-    if PER > 1:
-        if F.ALONG_M:
-            m = m // PER * PER
-        else:
-            c = c // PER * PER
     v = load_at(o.x, (m, c, 0, 0), X, mk, F)
     if o.pre is not None:
         v = rounded(v + load_at(o.pre, (m, c, 0, 0), PRE, mk, F), o.sum.dtype.element_ty).to(F.ACC)

@@ -21,7 +21,7 @@ from .norm import (
     write_gradient,
     write_output,
 )
-from .sums import plus
+from .sums import over_rows, plus
 from .tile import (
     coordinates,
     extent,
@@ -158,22 +158,3 @@ def store_affine(o, dw, db, t, part, PIECE: tl.constexpr, n0, F: tl.constexpr):
         store(o.dw, at, over_rows(dw, F.BLOCK_K, F.BLOCK_A) if F.ALONG_M else dw, mask)
     if o.db is not None:
         store(o.db, at, over_rows(db, F.BLOCK_K, F.BLOCK_A) if F.ALONG_M else db, mask)
-
-
-@triton.jit
-def over_rows(v, K: tl.constexpr, A: tl.constexpr):
-    """[K, A, 1] -> [1, A, 1], the sum over rows, which are those of different warps."""
-    # Not tl.sum: on its way through shared memory all lanes of a warp would meet in one bank.
-    v = tl.trans(tl.reshape(v, (K, A)))
-    v = halves(v, K, A)
-    return tl.reshape(v, (1, A, 1))
-
-
-@triton.jit
-def halves(v, K: tl.constexpr, A: tl.constexpr):
-    if K == 1:
-        w = v
-    else:
-        p, q = tl.split(tl.reshape(v, (A, K // 2, 2)))
-        w = halves(p + q, K // 2, A)
-    return w

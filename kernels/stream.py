@@ -22,7 +22,7 @@ from .norm import (
     reciprocal_root,
     write_output,
 )
-from .sums import by_group, total, totals
+from .sums import by_group, sum_along, total, totals
 from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
 from .tile import (
     ANY,
@@ -30,13 +30,15 @@ from .tile import (
     EVICT_LAST,
     count,
     extent,
+    first_column,
     first_columns,
     group_block,
+    group_number,
     load_kept,
     number_of_groups,
     numbered_tile,
-    offsets,
     tile_at,
+    tiles_of,
 )
 
 _APPLY = tl.constexpr(APPLY)
@@ -105,12 +107,9 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
 @triton.jit
 def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     """Mean, less the group's first element, and sum of squares of one chunk, whose first tile is v."""
-    STAT: tl.constexpr = F.STAT
     GROUPS: tl.constexpr = F.FOLD[2]
-    m = t.at[0]
-    c = t.at[1]
     chunk = block_a * tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps) + chunk_s
-    at = chunk * number_of_groups(n0, F) + offsets((m, c, 0, 0), STAT, F)
+    at = chunk * number_of_groups(n0, F) + group_number(t.at[0], t.at[1], n0, F)
     first = first_columns(t, F)
     if F.CENTER:
         if F.PHASE == _STATISTICS or GROUPS <= 16:
@@ -118,11 +117,12 @@ def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
         else:
             n = chunk_size(chunk, tl.cdiv(extent(3, n0, F), F.WIDTH_S), 1, n0, F)
             near, mean, m2 = moments(v, t, n, 0.0, F)
+            m, c = first_column(t.at[0], t.at[1], F)
             mean = (near - first_elements(o, m, c, t.mk, F)) + mean
         tl.store(o.part_mean + at, mean, mask=first)
     else:
         _, d2 = add_moments(None, None, v, t, 0.0, F)
-        for i in range(1, steps):
+        for i in range(1, tiles_of(chunk_s, steps, n0, F)):
             u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
             _, d2 = add_moments(None, d2, read_input(o, u, F), u, 0.0, F)
         m2 = by_group(total(d2, F.BLOCK_K), F)
@@ -144,11 +144,12 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F) * PER
     n_s = extent(3, n0, F) - chunk_s * steps * F.WIDTH_S
     n = n_a * count(tl.minimum(n_s, steps * F.WIDTH_S), F)
-    first = first_elements(o, t.at[0], t.at[1], t.mk, F)
+    m, c = first_column(t.at[0], t.at[1], F)
+    first = first_elements(o, m, c, t.mk, F)
     shift = first
-    if GROUPS > 16:
+    if GROUPS >= 16:
         d1, _ = add_moments(None, None, v, t, 0.0, F)
-        shift = by_group(total(d1, F.BLOCK_K), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
+        shift = by_group(sum_along(sum_along(d1, 2, F), 1, F), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
     s1, s2 = chunk_sums(o, v, t, shift, block_a, chunk_s, steps, n0, F)
     mean = s1 / n
     m2 = tl.maximum(s2 - s1 * mean, 0.0)
@@ -166,7 +167,7 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
 def chunk_sums(o, v, t, near, block_a, chunk_s, steps, n0, F: tl.constexpr, write=True):
     """Sums of x - near and of its squares over a chunk, whose first tile is v; `write`: as of read_input()."""
     d1, d2 = add_moments(None, None, v, t, near, F)
-    for i in range(1, steps):
+    for i in range(1, tiles_of(chunk_s, steps, n0, F)):
         u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
         d1, d2 = add_moments(d1, d2, read_input(o, u, F, ANY, write), u, near, F)
     s1, s2 = totals(d1, d2, F)
@@ -180,7 +181,6 @@ def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: t
     FAN > 0: so many chunks at a time are merged by the last of them first, so that a unit of hundreds of chunks of many
     groups leaves no long work to a single program.
     """
-    STAT: tl.constexpr = F.STAT
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
     if F.FAN > 0:  # there is one block of a
         rows = tl.cdiv(chunks_s, F.FAN)
@@ -191,9 +191,9 @@ def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: t
             tl.atomic_xchg(word, 0, sem="relaxed")
             m, c, mk = group_block(unit, n0, F)
             groups = number_of_groups(n0, F)
-            at = offsets((m, c, 0, 0), STAT, F)
+            at = group_number(m, c, n0, F)
             n = chunk_size(chunk_s // F.FAN, rows, F.FAN, n0, F)
-            mean, m2 = merge_moments(o, at, mk, begin, begin, number, n, chunks_s, 1, n0, F)
+            mean, m2 = merge_moments(o, m, c, mk, begin, begin, number, n, chunks_s, 1, n0, F)
             q = (chunks_s + chunk_s // F.FAN) * groups + at
             if F.CENTER:
                 tl.store(o.part_mean + q, mean, mask=mk)

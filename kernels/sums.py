@@ -13,6 +13,32 @@ def plus(s, v):
 
 
 @triton.jit
+def halves(v, A: tl.constexpr, K: tl.constexpr):
+    """[A, K] -> [A, 1]: a sum of what different warps hold.
+
+    Not tl.sum: on its way through shared memory all lanes of a warp would meet in few banks.
+    """
+    if K == 1:
+        w = v
+    else:
+        p, q = tl.split(tl.reshape(v, (A, K // 2, 2)))
+        w = halves(p + q, A, K // 2)
+    return w
+
+
+@triton.jit
+def over_rows(v, K: tl.constexpr, A: tl.constexpr):
+    """[K, A, 1] -> [1, A, 1], the sum over rows, which are those of different warps."""
+    return tl.reshape(halves(tl.trans(tl.reshape(v, (K, A))), A, K), (1, A, 1))
+
+
+@triton.jit
+def along_columns(v, K: tl.constexpr, S: tl.constexpr):
+    """[K, 1, S] -> [K, 1, 1], the sum along columns."""
+    return tl.reshape(halves(tl.reshape(v, (K, S)), K, S), (K, 1, 1))
+
+
+@triton.jit
 def total(v, K: tl.constexpr):
     """Sum over all but the first axis: [K, A, S] -> [K, 1, 1], or a number where K is 1."""
     if K == 1:
@@ -23,13 +49,23 @@ def total(v, K: tl.constexpr):
 
 
 @triton.jit
-def sums_along(v, u, AXIS: tl.constexpr, F: tl.constexpr):
-    """Sums of both along an axis: one round of shuffles and barriers for two."""
-    if F.PTX:
-        v, u = tl.reduce((v, u), AXIS, add_pairs, keep_dims=True)
+def sum_along(v, AXIS: tl.constexpr, F: tl.constexpr):
+    """Sum over an axis of a tile."""
+    if F.KEPT_FIRST and AXIS == 2 and F.BLOCK_A == 1 and F.BLOCK_K > 1:
+        v = along_columns(v, F.BLOCK_K, F.BLOCK_S)
     else:
         v = tl.sum(v, AXIS, keep_dims=True)
-        u = tl.sum(u, AXIS, keep_dims=True)
+    return v
+
+
+@triton.jit
+def sums_along(v, u, AXIS: tl.constexpr, F: tl.constexpr):
+    """Sums of both along an axis: one round of shuffles and barriers for two."""
+    if F.PTX and not (F.KEPT_FIRST and F.BLOCK_A == 1):
+        v, u = tl.reduce((v, u), AXIS, add_pairs, keep_dims=True)
+    else:
+        v = sum_along(v, AXIS, F)
+        u = sum_along(u, AXIS, F)
     return v, u
 
 

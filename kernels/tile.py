@@ -131,15 +131,12 @@ def block_starts(i, n0, F: tl.constexpr):
     """Where the i-th block begins along m and c; blocks are counted along the tile's axis first."""
     COLUMNS: tl.constexpr = F.FOLD[1]
     i = widened(i, F)
-    if F.ALONG_M:
-        inside = tl.cdiv(extent(0, n0, F), COLUMNS)
-        m_start = (i % inside) * COLUMNS
-        c_start = i // inside
-    else:
-        inside = tl.cdiv(extent(1, n0, F), COLUMNS)
-        m_start = i // inside
-        c_start = (i % inside) * COLUMNS
-    return m_start, c_start
+    n = extent(0 if F.ALONG_M else 1, n0, F)
+    inside = tl.cdiv(n, COLUMNS)
+    start = (i % inside) * COLUMNS
+    if F.CLAMP_K > 0:  # in vectors, so that the compiler sees that blocks begin where these do
+        start = tl.minimum(start // F.CLAMP_K, (n - COLUMNS) // F.CLAMP_K) * F.CLAMP_K
+    return (start, i // inside) if F.ALONG_M else (i // inside, start)
 
 
 @triton.jit
@@ -269,6 +266,12 @@ def numbered_tile(i, steps, n0, F: tl.constexpr):
 
 
 @triton.jit
+def tiles_of(chunk_s, steps, n0, F: tl.constexpr):
+    """How many tiles a chunk of `steps` along s has: the last one may have fewer."""
+    return tl.minimum(steps, tl.cdiv(extent(3, n0, F), F.WIDTH_S) - chunk_s * steps)
+
+
+@triton.jit
 def pointers(ptr, t, PIECE: tl.constexpr, STRIDES: tl.constexpr, F: tl.constexpr):
     """Where the elements of a piece lie: at a constant distance from the first piece's, where there is one."""
     STEPS: tl.constexpr = STRIDES[2 if F.PIECES_A else 3]
@@ -381,3 +384,23 @@ def group_size(n0, F: tl.constexpr):
 def number_of_groups(n0, F: tl.constexpr):
     PER: tl.constexpr = F.FOLD[0]
     return extent(0, n0, F) * extent(1, n0, F) // PER
+
+
+@triton.jit
+def group_number(m, c, n0, F: tl.constexpr):
+    """Which of all groups (m, c) belongs to, as partial results are counted."""
+    PER: tl.constexpr = F.FOLD[0]
+    g = m * extent(1, n0, F) + c
+    return g // PER if PER > 1 else g
+
+
+@triton.jit
+def first_column(m, c, F: tl.constexpr):
+    """m and c of the first column of a group."""
+    PER: tl.constexpr = F.FOLD[0]
+    if PER > 1:
+        if F.ALONG_M:
+            m = m // PER * PER
+        else:
+            c = c // PER * PER
+    return m, c

@@ -119,8 +119,8 @@ def form(layout: Layout, operands: dict[str, Any], spec: Spec, acc: torch.dtype,
     )  # fmt: skip
 
 
-def cut(form: Form, tile: Tile, layout: Layout, steps: int = 0, **more: Any) -> Form:
-    """The form of a launch whose programs take such tiles of the layout, or walk over `steps` of them along s."""
+def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:
+    """The form of a launch whose programs take such tiles of the layout."""
     wide = layout.reach() + tile.elements >= 2**31 or layout.numel + tile.elements >= 2**31
     kept, batch = ("m" if tile.along_m else "c"), 0 in layout.sizes("m" if tile.along_m else "c")
     return form._replace(**{
@@ -130,17 +130,19 @@ def cut(form: Form, tile: Tile, layout: Layout, steps: int = 0, **more: Any) -> 
         # Not of the batch: another one compiles nothing.
         "FULL_K": not batch and tile.columns == tile.k and layout.extent(kept) % tile.k == 0,
         "FULL_A": 0 if 0 in layout.sizes("a") else tile.full("a", layout.extent("a")),
-        "FULL_S": full_s(layout, tile, steps),
+        # Of a batch that is averaged over, too: masks cost more than a second compilation.
+        "FULL_S": tile.full("s", layout.extent("s")),
         "SHARED_A": not form.W[2],
         **more,
     })  # fmt: skip
 
 
-def full_s(layout: Layout, tile: Tile, steps: int) -> int:
-    """Tile.full() along s; where s holds the batch, and so the steps depend on it, whatever the batch."""
-    if 0 not in layout.sizes("s"):
-        return tile.full("s", layout.extent("s"), max(1, steps))
-    return tile.pieces if not steps and prod(n or 1 for n in layout.sizes("s")) % tile.length == 0 else 0
+def cut_columns(form: Form, tile: Tile, layout: Layout, itemsize: int, **more: Any) -> Form:
+    """cut() for columns that lie side by side; the last block overlaps the one before it, where they do not divide."""
+    n = layout.runs[-1].size
+    whole = 0 not in layout.sizes("m" if tile.along_m else "c") and n >= tile.k
+    clamp = vector(layout, itemsize) if whole and n % tile.k else 0
+    return cut(form, tile, layout, **{"KEPT_FIRST": True, "FULL_K": whole, "CLAMP_K": clamp} | more)
 
 
 def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, int]:
@@ -187,28 +189,53 @@ class Shapes(NamedTuple):
         given = {name: planes.operand(i) for name, i in places.items()}
         return tile, planes, {name: given.get(name, ABSENT) for name, _ in self.operands}
 
-    def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
-        """The folded layout and its operands, where it allows wider accesses than `layout`; see Layout.folded."""
+    def folded(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
+        """The folded layout and its operands, see Layout.folded; of planes only where it allows wider accesses and they
+        cannot be read 8 bytes at a time: else a tile of planes has no idle lanes."""
         places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
         params = places.get("W")
-        folded = layout.folded([0, *(i for name, i in places.items() if name != "W")], params)
-        if folded is None or vector(folded, itemsize) <= vector(layout, itemsize):
+        found = layout.folded([0, *(i for name, i in places.items() if name != "W")], params)
+        if found is None:
             return None
-        if not column_blocks(folded, itemsize):
+        narrow = vector(layout, itemsize)
+        if found.shared and (vector(found, itemsize) <= narrow or narrow * itemsize >= 8):
             return None
-        # Planes that can be read 8 bytes at a time stay: there a tile has no idle lanes.
-        if folded.shared and vector(layout, itemsize) * itemsize >= 8:
+        given = {name: found.operand(i) for name, i in places.items()}
+        if params is not None and found.shared:
+            given["W"] = (*layout.operand(params), found.divisors)
+        return found, {name: given.get(name, ABSENT) for name, _ in self.operands}
+
+    def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
+        """The folded layout and its operands, where it allows wider accesses and blocks of whole groups."""
+        found = self.folded(layout, itemsize)
+        if found is None or vector(found[0], itemsize) <= vector(layout, itemsize):
             return None
-        given = {name: folded.operand(i) for name, i in places.items()}
-        if params is not None and folded.shared:
-            given["W"] = (*layout.operand(params), folded.divisors)
-        return folded, {name: given.get(name, ABSENT) for name, _ in self.operands}
+        return found if column_blocks(found[0], itemsize) else None
+
+    def by_column(
+        self, layout: Layout, operands: dict[str, Any], itemsize: int
+    ) -> tuple[Layout, dict[str, Any]] | None:
+        """A layout and its operands whose kept points lie side by side in memory, all that is averaged over outside of
+        them, so that a program can walk along a block of columns; None where memory does not run so."""
+        found = (layout, operands)
+        if layout.runs and layout.runs[-1].reduced:
+            folded = self.folded(layout, itemsize)
+            if folded is None:
+                return None
+            found = folded
+        columns = found[0].runs[-1]
+        alone = not columns.reduced and found[0].runs_of(columns.letter) == (columns,)
+        # Columns that are a batch themselves are rows that lie across memory: their bits do not depend on others.
+        if not alone or found[0].batch == columns.letter or not found[0].extent("a") == 1 < found[0].extent("s"):
+            return None
+        return found
 
 
 class Planner(Protocol):
     """What each direction knows to do with its groups."""
 
     limits: Limits
+    by_column: tuple[Layout, dict[str, Any]] | None
 
     def resident_tile(self) -> Tile | None: ...
     def resident(self, tile: Tile) -> Plan: ...
@@ -223,5 +250,5 @@ def ladder(planner: Planner) -> Plan:
     tile = planner.resident_tile() if engine in ("", "resident") else None
     if tile is not None:
         return planner.resident(tile)
-    tickets = planner.tickets() if engine in ("", "ticketed") else None
+    tickets = planner.tickets() if engine == "ticketed" or (not engine and planner.by_column is None) else None
     return planner.split() if tickets is None else planner.ticketed(tickets)

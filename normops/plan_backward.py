@@ -7,11 +7,27 @@ from typing import Any
 import torch
 
 from . import schedule
-from .kernels.bundles import APPLY, BOTH, STATISTICS
+from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
-from .plan import Launch, Plan, Shapes, Spec, alike, cdiv, cut, fold, form, kept_blocks, kept_first, ladder, named
+from .layout import Layout
+from .plan import (
+    Launch,
+    Plan,
+    Shapes,
+    Spec,
+    alike,
+    cdiv,
+    cut,
+    cut_columns,
+    fold,
+    form,
+    kept_blocks,
+    kept_first,
+    ladder,
+    named,
+)
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
 
@@ -38,14 +54,15 @@ class _Backward:
         self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: bool, needs: Needs, limits: Limits,
         device: Device,
     ) -> None:  # fmt: skip
-        self.spec, self.itemsize, self.acc_bytes, self.given = spec, itemsize, acc.itemsize, given
-        self.limits, self.device = limits, device
+        self.spec, self.itemsize, self.acc, self.given = spec, itemsize, acc, given
+        self.acc_bytes, self.limits, self.device = acc.itemsize, limits, device
         _, self.dw, self.db, _ = needs
         self.base, base = shapes.layout(spec, spec.affine)
         self.layout, operands = shapes.columns(self.base, itemsize) or (self.base, base)
         self.n_m, self.n_c, self.n_a, self.n_s = (self.base.extent(letter) for letter in "mcas")
         self.columns = self.n_c * self.n_a
         self.form = form(self.layout, operands, spec, acc, device)
+        self.by_column = shapes.by_column(self.base, base, itemsize)
         found = shapes.planes(self.layout, itemsize, self.acc_bytes)
         self.planes: Tile | None
         self.planes, self.tiled, tiled = found or (None, self.layout, operands)
@@ -95,7 +112,7 @@ class _Backward:
         if self.along_rows or tile is not None:
             self.walk(tile or self.chunk(), APPLY, NONE)
             return self.plan("rows")
-        self.sum_rows(("p1", "p0"), self.statistics(write=True) * self.n_m)
+        self.finish_affine(self.statistics(write=True))
         return self.plan("apply")
 
     # The whole gradient
@@ -153,12 +170,12 @@ class _Backward:
         if self.along_rows:
             tile = self.chunk()
             self.walk(tile, STATISTICS, ("p1", "p0" if self.spec.center else ""))
-            self.grad_finish(cdiv(self.n_a, tile.width), NONE, 1)
+            self.grad_finish(cdiv(self.n_a, tile.width), NONE, 1, self.sums())
             self.walk(tile, APPLY, self.sums())
             return self.plan("split")
         chunks = self.statistics(write=False)
         totals = self.totals(self.n_m == 1, self.n_m)
-        self.grad_finish(chunks, totals, self.n_a)
+        self.grad_finish(chunks, totals, self.n_a, self.sums())
         if self.n_m > 1:
             self.sum_rows(totals, self.n_m)
         self.apply(self.sums())
@@ -198,32 +215,66 @@ class _Backward:
 
     def statistics(self, write: bool) -> int:
         """p1 and p0 of chunks; returns how many there are of a group."""
-        # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
-        tile = self.stream(2 if self.activated else 1)
-        steps = schedule.steps(self.layout, tile)
-        chunks = cdiv(self.layout.extent("s"), tile.length * steps)
-        blocks_a = cdiv(self.layout.extent("a"), tile.width)
+        if self.by_column is None:
+            # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
+            layout, tile = self.layout, self.stream(2 if self.activated else 1)
+            steps = schedule.steps(layout, tile)
+            formed = cut(self.form, tile, layout, KEPT_FIRST=kept_first(layout))
+        else:
+            layout, tile, formed = self.columned()
+            steps = schedule.column_steps(layout, tile, self.device, self.limits.grad_column_programs)
+            formed = formed._replace(FOLD=(1, tile.k, tile.k, 1))
+        formed = formed._replace(PHASE=STATISTICS)
+        chunks = cdiv(layout.extent("s"), tile.length * steps)
+        blocks_a = cdiv(layout.extent("a"), tile.width)
         p0 = "p0" if self.spec.center or self.db else ""
         self.launches.append(Launch(
-            grad_stream, kept_blocks(self.layout, tile.along_m, tile.columns) * blocks_a * chunks,
-            alike(*READS, *(WRITES if write else ()), "p1", p0), (self.layout.outer, steps),
-            cut(self.form, tile, self.layout, steps, PHASE=STATISTICS, KEPT_FIRST=kept_first(self.layout)), tile.warps,
+            grad_stream, kept_blocks(layout, tile.along_m, tile.columns) * blocks_a * chunks,
+            alike(*READS, *(WRITES if write else ()), "p1", p0), (layout.outer, steps), formed, tile.warps,
         ))  # fmt: skip
-        self.take(("p1", p0), chunks * self.layout.groups * self.n_a)
+        self.take(("p1", p0), chunks * layout.extent("m") * layout.extent("c") * layout.extent("a"))
         return chunks
 
-    def grad_finish(self, chunks: int, totals: Names, wide: int) -> None:
+    def columned(self) -> tuple[Layout, Tile, Form]:
+        """The layout of columns, its tile, and the form of a launch over it."""
+        assert self.by_column is not None
+        layout, operands = self.by_column
+        tile = schedule.column_tile(layout, self.itemsize, self.limits.grad_column_tile)
+        formed = form(layout, operands, self.spec, self.acc, self.device)
+        return layout, tile, cut_columns(formed, tile, layout, self.itemsize)
+
+    def finish_affine(self, chunks: int) -> None:
+        """dw and db from p1 and p0, where nothing else is made of them."""
+        if self.apart > 1:
+            self.grad_finish(chunks, self.totals(self.n_m == 1, self.n_m), self.n_a, NONE)
+            if self.n_m > 1:
+                self.sum_rows(("t1", "t0"), self.n_m)
+        else:
+            self.sum_rows(("p1", "p0"), chunks * self.n_m)
+
+    @property
+    def apart(self) -> int:
+        """Columns of a group that share their parameters and whose sums are kept apart all the same."""
+        return self.by_column[0].fold if self.by_column is not None and self.by_column[0].shared else 1
+
+    def grad_finish(self, chunks: int, totals: Names, wide: int, sums: Names) -> None:
         """c1 and c0; and where partials are kept apart along a, dw and db (of every m, if there are several)."""
         along_m = schedule.along_m(self.base)
-        block_k, block_a, block_p = schedule.finish_group_tile(kept_first(self.base), wide)
+        if self.by_column is None:
+            block_k, block_a, block_p = schedule.finish_group_tile(kept_first(self.base), wide)
+        else:
+            layout, tile, _ = self.columned()
+            block_k, block_a, block_p = schedule.column_finish_tile(
+                layout, tile, self.device, self.limits.grad_column_programs, wide, self.apart
+            )
         p0 = "p0" if self.spec.center or totals[1] else ""
         formed: dict[str, Any] = {
             "A": wide, "DIRECT": self.n_m == 1, "ALONG_M": along_m, "FOLD": fold(self.base, block_k, block_k),
-            "MERGE_A": block_a, "BLOCK_P": block_p,
+            "MERGE_A": block_a, "BLOCK_P": block_p, "APART": self.apart,
         }  # fmt: skip
         self.launches.append(Launch(
             grad_finish, kept_blocks(self.base, along_m, block_k),
-            alike("p1", p0, "" if self.along_rows else "w", *self.sums()) | named(dw=totals[0], db=totals[1]),
+            alike("p1", p0, "" if self.along_rows else "w", *sums) | named(dw=totals[0], db=totals[1]),
             (self.base.outer, chunks), self.grouped._replace(**formed), 4,
         ))  # fmt: skip
 
@@ -238,10 +289,13 @@ class _Backward:
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:
-        tile = self.stream()
-        tiles = kept_blocks(self.layout, tile.along_m, tile.columns) * cdiv(self.layout.extent("a"), tile.width)
+        if self.by_column is None:
+            layout, tile = self.layout, self.stream()
+            formed = cut(self.form, tile, layout, KEPT_FIRST=kept_first(layout))
+        else:
+            layout, tile, formed = self.columned()
+        tiles = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width)
         self.launches.append(Launch(
-            grad_stream, tiles * cdiv(self.layout.extent("s"), tile.length), alike(*READS, *sums, *WRITES),
-            (self.layout.outer, 1),
-            cut(self.form, tile, self.layout, PHASE=APPLY, KEPT_FIRST=kept_first(self.layout)), tile.warps,
+            grad_stream, tiles * cdiv(layout.extent("s"), tile.length), alike(*READS, *sums, *WRITES),
+            (layout.outer, 1), formed._replace(PHASE=APPLY), tile.warps,
         ))  # fmt: skip

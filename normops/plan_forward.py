@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from . import schedule
-from .kernels.bundles import ABSENT, APPLY, STATISTICS
+from .kernels.bundles import ABSENT, APPLY, STATISTICS, Form
 from .kernels.finish import finish
 from .kernels.resident import normalize
 from .kernels.stream import stream
-from .plan import Launch, Plan, Shapes, Spec, alike, cdiv, cut, fold, form, kept_blocks, kept_first, ladder, named
+from .layout import Layout
+from .plan import (
+    Launch,
+    Plan,
+    Shapes,
+    Spec,
+    alike,
+    cdiv,
+    cut,
+    cut_columns,
+    fold,
+    form,
+    kept_blocks,
+    kept_first,
+    ladder,
+    named,
+)
 from .schedule import Device, Limits, Tile
 from .ticketing import Tickets, ticketed
 
@@ -40,6 +57,7 @@ class _Forward:
         self.base, base = shapes.layout(spec, spec.affine)
         self.layout, self.operands = shapes.columns(self.base, itemsize) or (self.base, base)
         self.form = form(self.layout, self.operands, spec, acc, device)
+        self.by_column = shapes.by_column(self.base, base, itemsize)
         found = shapes.planes(self.layout, itemsize, self.acc_bytes)
         self.planes: Tile | None
         self.planes, self.tiled, tiled = found or (None, self.layout, self.operands)
@@ -107,43 +125,71 @@ class _Forward:
     # Split
 
     def split(self) -> Plan:
+        if self.by_column is not None:
+            return self.split_columns(*self.by_column)
         # Statistics do not see the affine axes: fewer, longer runs. Only a short innermost one stays apart, so that
         # a tile covers neighbouring groups along a line of memory.
         grouped, inputs = self.shapes.layout(self.spec, ())
         runs = grouped.runs
-        if self.layout.fold > 1:
-            grouped, inputs = self.layout, self.operands
-        elif len(runs) > 2 and runs[-1].reduced and not runs[-2].reduced:
+        if len(runs) > 2 and runs[-1].reduced and not runs[-2].reduced:
             grouped = replace(grouped, runs=(*runs[:-1], runs[-1]._replace(affine=True)))
             names = [name for name, strides in self.shapes.operands if strides is not None]
             inputs = {**inputs, **{name: grouped.operand(i + 1) for i, name in enumerate(names)}}
         tile = schedule.stream(grouped, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
         steps = schedule.steps(grouped, tile)
-        chunks = cdiv(grouped.extent("s"), tile.length * steps) * cdiv(grouped.extent("a"), tile.width)
-        inputs = {name: inputs[name] for name in ("X", "PRE", "SUM")}
-        formed = cut(form(grouped, inputs, self.spec, self.acc, self.device), tile, grouped, steps, ACT="identity")
-        statistics = Launch(
-            stream, kept_blocks(grouped, tile.along_m, tile.columns) * chunks, alike(*READS, *self.parts),
-            (grouped.outer, steps, "eps", "momentum"),
-            formed._replace(PHASE=STATISTICS, KEPT_FIRST=kept_first(grouped)), tile.warps,
-        )  # fmt: skip
+        formed = cut(self.reading(grouped, inputs), tile, grouped)
         block_k, _, block_p = schedule.finish_group_tile(kept_first(grouped))
-        columns = block_k * grouped.fold
-        finishing = Launch(
-            finish, kept_blocks(grouped, tile.along_m, columns), alike(*READS, *self.parts, *RESULTS),
-            (grouped.outer, steps, "eps", "momentum"),
-            formed._replace(FOLD=fold(grouped, columns, block_k), BLOCK_P=block_p), 4,
+        finished = formed._replace(FOLD=fold(grouped, block_k, block_k), BLOCK_P=block_p)
+        formed = formed._replace(KEPT_FIRST=kept_first(grouped))
+        return self.visits(grouped, tile, steps, formed, finished)
+
+    def split_columns(self, layout: Layout, operands: dict[str, Any]) -> Plan:
+        tile = schedule.column_tile(layout, self.itemsize, self.limits.column_tile)
+        programs = self.limits.column_programs
+        steps = schedule.column_steps(layout, tile, self.device, programs)
+        # A program walks along columns; those of a group meet in the finish.
+        read = self.reading(layout, operands)
+        formed = cut_columns(read, tile, layout, self.itemsize, FOLD=(1, tile.k, tile.k, 1))
+        block_k, _, block_p = schedule.column_finish_tile(layout, tile, self.device, programs, 1, layout.fold)
+        finished = cut(
+            read, tile, layout, FOLD=fold(layout, block_k * layout.fold, block_k), BLOCK_P=block_p, APART=layout.fold
+        )
+        return self.visits(layout, tile, steps, formed, finished)
+
+    def reading(self, layout: Layout, operands: dict[str, Any]) -> Form:
+        """The form of launches that read x and make no y of it."""
+        inputs = {name: operands[name] for name in ("X", "PRE", "SUM")}
+        return form(layout, inputs, self.spec, self.acc, self.device)._replace(ACT="identity")
+
+    def visits(self, layout: Layout, tile: Tile, steps: int, formed: Form, finished: Form) -> Plan:
+        """Statistics of chunks of `steps` tiles, their merge, the apply."""
+        chunks = cdiv(layout.extent("s"), tile.length * steps) * cdiv(layout.extent("a"), tile.width)
+        statistics = Launch(
+            stream, kept_blocks(layout, tile.along_m, tile.columns) * chunks, alike(*READS, *self.parts),
+            (layout.outer, steps, "eps", "momentum"), formed._replace(PHASE=STATISTICS), tile.warps,
         )  # fmt: skip
-        return self.plan("split", (statistics, finishing, self.apply()), chunks)
+        finishing = Launch(
+            finish, kept_blocks(layout, tile.along_m, finished.FOLD[1]), alike(*READS, *self.parts, *RESULTS),
+            (layout.outer, steps, "eps", "momentum"), finished, 16,
+        )  # fmt: skip
+        return self.plan("split", (statistics, finishing, self.apply()), chunks * finished.APART)
 
     def apply(self) -> Launch:
-        layout = self.layout
-        tile = schedule.stream(layout, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
+        if self.by_column is None:
+            layout, operands = self.layout, self.operands
+            tile = schedule.stream(layout, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
+            formed = cut(self.form, tile, layout, KEPT_FIRST=kept_first(layout))
+        else:
+            layout, operands = self.by_column
+            tile = schedule.column_tile(layout, self.itemsize, self.limits.column_tile)
+            formed = cut_columns(
+                form(layout, operands, self.spec, self.acc, self.device), tile, layout, self.itemsize
+            )
         tiles = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width)
-        formed = cut(self.form, tile, layout, PHASE=APPLY, FROM_VAR=self.given == "var", KEPT_FIRST=kept_first(layout))
         source = "sum" if self.summed else "x"
+        formed = formed._replace(PHASE=APPLY, FROM_VAR=self.given == "var", X=operands[source.upper()])
         return Launch(
             stream, tiles * cdiv(layout.extent("s"), tile.length),
             named(x=source, mean="mean", rstd="var" if self.given == "var" else "rstd") | alike(*OUT),
-            (layout.outer, 1, "eps", "momentum"), formed._replace(X=self.operands[source.upper()]), tile.warps,
+            (layout.outer, 1, "eps", "momentum"), formed, tile.warps,
         )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import gcd
+from math import gcd, log2
 from typing import Any
 
 from .layout import Layout
@@ -85,6 +85,12 @@ class Limits:
     rows: int = 4
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
+    # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps (4 of x and of dy) on their way at once.
+    column_tile: int = 8192
+    grad_column_tile: int = 4096
+    # Programs of an SM that walk along columns: about as many as it runs at once, by their registers.
+    column_programs: int = 3
+    grad_column_programs: int = 6
 
 
 ENGINES = ("resident", "ticketed", "split")
@@ -95,9 +101,10 @@ def limits() -> Limits:
     return _limits
 
 
-_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp",
-           "rows")
-_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0}
+_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp", "column_tile",
+           "grad_column_tile", "rows")  # fmt: skip
+_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "column_programs": 1,
+          "grad_column_programs": 1}  # fmt: skip
 
 
 @contextmanager
@@ -150,13 +157,13 @@ class Tile:
     def elements(self) -> int:
         return self.k * self.width * self.length
 
-    def full(self, letter: str, n: int, steps: int = 1) -> int:
-        """Of how many pieces all points along a or s are there, whichever the tile (walks take `steps` of them)."""
+    def full(self, letter: str, n: int) -> int:
+        """Of how many pieces all points along a or s are there, whichever the tile."""
         each, pieced = (self.a, self.along_a) if letter == "a" else (self.s, not self.along_a)
-        whole = each * (self.pieces if pieced else 1) * steps
+        whole = each * (self.pieces if pieced else 1)
         if n % whole == 0:
             return self.pieces
-        return n // each if pieced and steps == 1 and n < whole else 0
+        return n // each if pieced and n < whole else 0
 
     @property
     def columns(self) -> int:
@@ -308,6 +315,46 @@ def plane_tile(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
     while 2 * a * s * pieces <= 8192 * 2 // itemsize * 4 // acc_bytes:
         a *= 2
     return Tile(False, 1, a, s, 4, pieces=pieces)
+
+
+def column_tile(layout: Layout, itemsize: int, elements: int) -> Tile:
+    """A tile of columns, which lie side by side in memory, of so many elements of bf16: 16 bytes a lane of 4 warps in
+    each of its pieces; with few idle lanes, and about as wide as a line of memory."""
+    elements = elements * 2 // itemsize
+    each = 32 * vector(layout, itemsize)
+    warps = max(1, min(4, elements // each))
+    lanes = warps * each
+    pieces = max(1, min(8, elements // lanes))
+    n = layout.runs[-1].size
+    rows = next_power_of_2(layout.extent("s"))  # of a batch, too: roughly
+
+    def cost(tile: Tile) -> tuple[float, ...]:
+        idle = -(-n // tile.k) * tile.k / n * max(1, tile.length / rows)
+        return round(4 * idle), -tile.pieces, abs(log2(tile.k * itemsize / limits().line_bytes))
+
+    widths = [k for k in (16, 32, 64, 128, 256, 512, 1024) if k <= lanes]
+    m, counts = along_m(layout), (pieces, -(-pieces // 2))
+    tiles = (Tile(m, k, 1, lanes // k, warps, pieces=p) for k in widths for p in counts)
+    return min(tiles, key=cost)
+
+
+def column_steps(layout: Layout, tile: Tile, device: Device, programs: int) -> int:
+    """Tiles that a program of a statistics kernel walks along columns: so many programs for each SM, if there are as
+    many tiles; with all that they have on their way memory is busy."""
+    across = -(-layout.runs[-1].size // tile.k) * (layout.extent("m") * layout.extent("c") // layout.runs[-1].size)
+    tiles = -(-layout.extent("s") // tile.length)
+    return -(-tiles // max(1, min(tiles, programs * device.num_sms // across)))
+
+
+def column_finish_tile(
+    layout: Layout, tile: Tile, device: Device, programs: int, n_a: int, apart: int
+) -> tuple[int, int, int]:
+    """(groups, columns of each, partials) that a finish of columns takes at once: all partials that there may be,
+    whatever the batch, up to 1024, and as many groups and columns as fill a program."""
+    most = apart * max(1, programs * device.num_sms // -(-layout.runs[-1].size // tile.k))
+    p = max(32, min(1024, next_power_of_2(most)))
+    a = min(next_power_of_2(n_a), 32)
+    return max(1, min(8, 4096 // (a * p))), a, p
 
 
 def steps(layout: Layout, tile: Tile) -> int:

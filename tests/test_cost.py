@@ -35,7 +35,8 @@ ALL_SPLIT = {"engine": "split"}
 # Tiles that divide nothing, several blocks of everything, and loops.
 ODD = {
     "odd": {"tile": 64, "grad_tile": 32, "line_bytes": 16, "warps_per_sm": 1},
-    "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1},
+    "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1,
+                  "column_tile": 64, "grad_column_tile": 32, "column_programs": 1},
     "odd ticketed": {"engine": "ticketed", "ticket_tile": 64, "grad_ticket_tile": 32, "line_bytes": 16, "fan": 2,
                      "rows": 2, "ahead": 0, "warps_per_sm": 1},
 }  # fmt: skip

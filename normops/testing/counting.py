@@ -49,9 +49,9 @@ class _Tiles(NamedTuple):
         """Lanes of one access by every tile, under a mask along the axes named; `varies`: axes of the address."""
         return prod(axis.lanes(x in mask, x in varies) for x, axis in zip("kas", self, strict=True))
 
-    def looped(self, steps: int) -> _Tiles:
-        """The tiles inside a loop along s."""
-        return self._replace(s=self.s._replace(tiles=self.s.tiles * steps))
+    def looped(self, points: int) -> _Tiles:
+        """The tiles inside a loop along s, which ends where its points do."""
+        return self._replace(s=self.s._replace(tiles=cdiv(points, self.s.block)))
 
 
 class Counted:
@@ -95,6 +95,12 @@ class Counted:
             name = self.pointers[pointer]
             self.aside[name] = self.aside.get(name, 0) + lanes
 
+    def read(self, pointer: str, tiles: _Tiles, again: bool = False) -> None:
+        """tile.load: past the end of a, where CLAMP_A, its last point again."""
+        self.load(pointer, tiles.lanes(), again)
+        if self["CLAMP_A"]:
+            self.load_aside(pointer, tiles.lanes("ks", "a") - tiles.lanes())
+
     def ahead(self, tiles: _Tiles, *pointers: str) -> None:
         """What a ticketed launch touches of these streams before it reads the first element again: at most the lanes
         of `lead` tiles in a row, most of them in whole units, and of the one that is read beside the first again."""
@@ -116,23 +122,22 @@ class Counted:
         """The tiles of a grid over blocks of groups, blocks of a and chunks of s; steps_m: of a loop along m; more:
         programs than tiles."""
         blocks_a = cdiv(self.n_a, self["WIDTH_A"])
+        blocks_k = (self.grid - more) // (blocks_a * chunks_s) * steps_m
         return _Tiles(
-            _Axis(self.points, (self.grid - more) // (blocks_a * chunks_s) * steps_m, self["BLOCK_K"]),
+            _Axis(
+                blocks_k * self["BLOCK_K"] if self["CLAMP_K"] else self.points, blocks_k, self["BLOCK_K"]
+            ),
             _Axis(self.n_a, blocks_a, self["WIDTH_A"]),
             _Axis(self.n_s, chunks_s, self["WIDTH_S"]),
         )
 
-    def affine(self, tiles: _Tiles, *pointers: str, pieces: int = 1) -> None:
-        """tile.load_at, under the mask of parameters; pieces: of a tile, that lie along s, where they are the same."""
+    def affine(self, tiles: _Tiles, *pointers: str) -> None:
+        """tile.load_at, under the mask of parameters."""
         m, c, a, s = self["W"][:4]
         varies = {"k": m if self["ALONG_M"] else c, "a": a, "s": s}
         lanes = tiles.lanes("a" if self["ALONG_M"] else "ka", "".join(x for x, strides in varies.items() if strides))
         for pointer in pointers:
-            self.load(pointer, lanes * pieces)
-
-    @property
-    def pieces_s(self) -> int:
-        return 1 if self["PIECES_A"] else int(self["PIECES"])
+            self.load(pointer, lanes)
 
     def elements(self, pointer: str) -> int | None:
         """Different elements of an operand, by its strides; None where the kernel is given none."""
@@ -142,7 +147,7 @@ class Counted:
             return None
         varying = ((n, step) for sizes, steps in zip(self["SPACE"], coordinates[:4], strict=True)
                    for n, step in zip(sizes, steps, strict=bool(steps)) if step)  # fmt: skip
-        count: int = prod(n or self["n0"] for n, _ in varying) // (self.per if len(coordinates) == 5 else 1)
+        count: int = prod(n or self["n0"] for n, _ in varying) // prod(coordinates[4] if len(coordinates) == 5 else ())
         return count
 
 
@@ -150,9 +155,9 @@ class Counted:
 
 
 def _read_input(call: Counted, tiles: _Tiles) -> None:
-    call.load("x", tiles.lanes())
+    call.read("x", tiles)
     if call.has("pre"):
-        call.load("pre", tiles.lanes())
+        call.read("pre", tiles)
         call.store("sum", tiles.lanes())
 
 
@@ -163,26 +168,26 @@ def _first_elements(call: Counted, lanes: int) -> None:
 
 
 def _write_output(call: Counted, tiles: _Tiles) -> None:
-    call.affine(tiles, "w", "b", pieces=call.pieces_s)
-    call.load("post", tiles.lanes())
+    call.affine(tiles, "w", "b")
+    call.read("post", tiles)
     call.store("y", tiles.lanes())
 
 
 def _read_gradient(call: Counted, tiles: _Tiles, again: bool = False) -> None:
-    call.load("x", tiles.lanes(), again)
-    call.load("dy", tiles.lanes(), again)
+    call.read("x", tiles, again)
+    call.read("dy", tiles, again)
     if call["ACT"] != "identity":
-        call.load("post", tiles.lanes(), again)
+        call.read("post", tiles, again)
 
 
 def _parameters(call: Counted, tiles: _Tiles) -> None:
-    call.affine(tiles, "w", *(["b"] if call["ACT"] != "identity" else []), pieces=call.pieces_s)
+    call.affine(tiles, "w", *(["b"] if call["ACT"] != "identity" else []))
 
 
 def _write_gradient(call: Counted, tiles: _Tiles) -> None:
     call.store("dpost", tiles.lanes())
     if call.has("dx"):
-        call.load("dsum", tiles.lanes())
+        call.read("dsum", tiles)
         call.store("dx", tiles.lanes())
 
 
@@ -213,7 +218,7 @@ def _chunks(call: Counted) -> int:
 
 def _statistics(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
-    _read_input(call, tiles.looped(call["number"]))
+    _read_input(call, tiles.looped(call.n_s))
     _first_elements(call, tiles.lanes("k"))
     for pointer in ("part_mean", "part_m2"):
         call.store(pointer, tiles.lanes("k") // call.per)
@@ -221,7 +226,7 @@ def _statistics(call: Counted) -> None:
 
 def _apply(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
-    call.load("x", tiles.lanes())
+    call.read("x", tiles)
     for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"))
     _write_output(call, tiles)
@@ -254,7 +259,7 @@ def _grad_stream(call: Counted) -> None:
 
 def _grad_statistics(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
-    inside = tiles.looped(call["number"])
+    inside = tiles.looped(call.n_s)
     for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"))
     _read_gradient(call, inside)
@@ -274,9 +279,12 @@ def _grad_apply(call: Counted) -> None:
 
 
 def _merge_moments(call: Counted, chunks: int, again: bool = False) -> None:
+    partials = call.groups * chunks * call["APART"]
     if call["CENTER"]:
-        call.load("part_mean", 2 * call.groups * chunks, again)
-    call.load("part_m2", call.groups * chunks, again)
+        call.load("part_mean", 2 * partials, again)
+    call.load("part_m2", partials, again)
+    if call["APART"] > 1:  # those of groups, and of columns
+        _first_elements(call, call.groups + 2 * partials)
 
 
 def _finish(call: Counted) -> None:
@@ -287,10 +295,10 @@ def _finish(call: Counted) -> None:
 
 def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False) -> None:
     """`blocks`: of groups."""
-    columns = call.groups * call["A"]
+    columns, partials = call.groups * call["A"], call.groups * call["A"] * call["APART"] * chunks
     tiles = _Tiles(_Axis(call.groups, blocks, call.group_lanes), _Axis(call["A"], 1, call["A"]), _Axis(1, 1, 1))
     for p, c in (("p1", "c1"), ("p0", "c0")):
-        call.load(p, columns * chunks, again)
+        call.load(p, partials, again)
         call.store(c, call.groups)
     call.affine(tiles, "w")
     for pointer in ("dw", "db"):
@@ -338,7 +346,7 @@ def _paired(call: Counted) -> None:
     for rows in (chunks, blocks) if blocks else (chunks,):
         _merge_moments(call, rows, again=True)
     _keep_moments(call)
-    call.load("sum" if call.has("sum") else "x", tiles.lanes(), again=True)
+    call.read("sum" if call.has("sum") else "x", tiles, again=True)
     for pointer in ("mean", "rstd"):
         call.load(pointer, tiles.lanes("k"), again=True)
     _write_output(call, tiles)
@@ -362,7 +370,9 @@ def _grad_paired(call: Counted) -> None:
             call.load(pointer, call.groups * call["A"] * chunks, again=True)
     _merge_group(call, blocks or chunks, units, again=True)
     _read_gradient(call, tiles, again=True)
-    for visited in (tiles, last, tiles):
+    # Numbers are loaded before it is known whether there is a tile to apply.
+    numbers = call["BLOCK_K"] == 1 and call["SHARED_A"]
+    for visited in (tiles, last, tiles, *([first] if numbers else [])):
         for pointer in ("mean", "rstd"):
             call.load(pointer, visited.lanes("k"))
         _parameters(call, visited)
