@@ -103,5 +103,3 @@ class Form(NamedTuple):
     """Partial results that a merge takes at once."""
     APART: Any = 1
     """Columns of a group whose partial results a finish finds apart."""
-    FAN: Any = 0
-    """Chunks that are merged at a time; 0: all at once."""

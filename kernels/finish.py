@@ -21,13 +21,13 @@ from .tile import (
 
 
 @triton.jit
-def partial_row(i, row, at, width, F: tl.constexpr):
-    """Where the i-th partial result lies of those of a group, whose first chunk is `row`: a chunk's after the other,
-    and in a chunk a column's after the other, where these are kept apart; `width`: groups of a row."""
+def partial_at(i, at, width, F: tl.constexpr):
+    """Where the i-th partial result of a group lies: a chunk's after the other, and in a chunk a column's after the
+    other, where these are kept apart; `width`: groups of a chunk."""
     if F.APART > 1:
-        q = ((row + i // F.APART) * width + at) * F.APART + i % F.APART
+        q = (i // F.APART * width + at) * F.APART + i % F.APART
     else:
-        q = (row + i) * width + at
+        q = i * width + at
     return q
 
 
@@ -43,13 +43,13 @@ def chunk_size(p, chunks_s, steps, n0, F: tl.constexpr):
 
 
 @triton.jit
-def partial_mean(o, i, row, first, m, c, mask, n0, F: tl.constexpr):
+def partial_mean(o, i, first, m, c, mask, n0, F: tl.constexpr):
     """Of the i-th partial result of a group its mean, less the group's `first` element.
 
     Where columns are kept apart it was stored less the first element of its column.
     """
     at = group_number(m, c, n0, F)
-    d = load_shared(o.part_mean, partial_row(i, row, at, number_of_groups(n0, F), F), mask)
+    d = load_shared(o.part_mean, partial_at(i, at, number_of_groups(n0, F), F), mask)
     if F.APART > 1:
         if F.ALONG_M:
             m = m + i % F.APART
@@ -60,39 +60,39 @@ def partial_mean(o, i, row, first, m, c, mask, n0, F: tl.constexpr):
 
 
 @triton.jit
-def merge_moments(o, m, c, mk, row, first, number, n, chunks_s, steps, n0, F: tl.constexpr):
-    """part_mean, part_m2 of (m, c) -> mean, m2 of chunks first to first + number, n elements in all.
+def merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F: tl.constexpr):
+    """part_mean, part_m2 of (m, c) -> mean, m2 of its n elements.
 
     Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  Means are less the group's
-    first element, so that nothing is lost where they are far from 0.  `row`: where the first chunk lies in memory.
+    first element, so that nothing is lost where they are far from 0.
     """
     GROUPS: tl.constexpr = F.FOLD[2]
     p = tl.arange(0, F.BLOCK_P)[None, None, :]
     mean = 0.0
-    group_first = first_elements(o, m, c, mk, F) if F.CENTER and F.APART > 1 else 0.0
+    first = first_elements(o, m, c, mk, F) if F.CENTER and F.APART > 1 else 0.0
     if F.CENTER:
         t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
-        for i in range(0, number * F.APART, F.BLOCK_P):
-            d = partial_mean(o, i + p, row, group_first, m, c, mk & (i + p < number * F.APART), n0, F)
-            t += d * chunk_size(first + (i + p) // F.APART, chunks_s, steps, n0, F)
+        for i in range(0, chunks * F.APART, F.BLOCK_P):
+            d = partial_mean(o, i + p, first, m, c, mk & (i + p < chunks * F.APART), n0, F)
+            t += d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
         mean = total(t, GROUPS) / n
     t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
     at = group_number(m, c, n0, F)
-    for i in range(0, number * F.APART, F.BLOCK_P):
-        mask = mk & (i + p < number * F.APART)
-        t += load_shared(o.part_m2, partial_row(i + p, row, at, number_of_groups(n0, F), F), mask)
+    for i in range(0, chunks * F.APART, F.BLOCK_P):
+        mask = mk & (i + p < chunks * F.APART)
+        t += load_shared(o.part_m2, partial_at(i + p, at, number_of_groups(n0, F), F), mask)
         if F.CENTER:
-            d = tl.where(mask, partial_mean(o, i + p, row, group_first, m, c, mask, n0, F) - mean, 0.0)
-            t += d * d * chunk_size(first + (i + p) // F.APART, chunks_s, steps, n0, F)
+            d = tl.where(mask, partial_mean(o, i + p, first, m, c, mask, n0, F) - mean, 0.0)
+            t += d * d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
     return mean, total(t, GROUPS)
 
 
 @triton.jit
-def finish_groups(o, block, row, number, chunks_s, steps, n0, eps, momentum, F: tl.constexpr):
+def finish_groups(o, block, chunks, chunks_s, steps, n0, eps, momentum, F: tl.constexpr):
     """mean, rstd and the running statistics of a block of groups from all their chunks."""
     m, c, mk = group_block(block, n0, F)
     n = group_size(n0, F)
-    mean, m2 = merge_moments(o, m, c, mk, row, 0, number, n, chunks_s, steps, n0, F)
+    mean, m2 = merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F)
     if F.CENTER:
         mean += first_elements(o, m, c, mk, F)
     keep_moments(o, mean, m2 / n, m, c, mk, n0, eps, momentum, F)
@@ -103,18 +103,18 @@ def finish(o, n0, steps, eps: "fp64", momentum: "fp64", F: tl.constexpr):
     """part_mean[chunk, m, c], part_m2[chunk, m, c] -> mean[m, c], rstd[m, c], running statistics[c]"""
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps)
     chunks = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
-    finish_groups(o, tl.program_id(0), 0, chunks, chunks_s, steps, n0, eps, momentum, F)
+    finish_groups(o, tl.program_id(0), chunks, chunks_s, steps, n0, eps, momentum, F)
 
 
 @triton.jit
-def merge_sums(o, row, number, at, mask, columns, K: tl.constexpr, A: tl.constexpr, F: tl.constexpr):
-    """p1, p0[chunk, at] -> their sums over `number` chunks, the first of which is `row`."""
+def merge_sums(o, chunks, at, mask, columns, K: tl.constexpr, A: tl.constexpr, F: tl.constexpr):
+    """p1, p0[chunk, at] -> their sums over the chunks."""
     p = tl.arange(0, F.BLOCK_P)[None, None, :]
     t1 = zeros(K, A, F.BLOCK_P, F.ACC)
     t0 = zeros(K, A, F.BLOCK_P, F.ACC)
-    for i in range(0, number * F.APART, F.BLOCK_P):
-        q = partial_row(i + p, row, at, columns, F)
-        here = mask & (i + p < number * F.APART)
+    for i in range(0, chunks * F.APART, F.BLOCK_P):
+        q = partial_at(i + p, at, columns, F)
+        here = mask & (i + p < chunks * F.APART)
         t1 += load_shared(o.p1, q, here)
         if o.p0 is not None:
             t0 += load_shared(o.p0, q, here)
@@ -122,7 +122,7 @@ def merge_sums(o, row, number, at, mask, columns, K: tl.constexpr, A: tl.constex
 
 
 @triton.jit
-def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
+def merge_group(o, block, chunks, n0, F: tl.constexpr):
     """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|;
     dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a]) = sum over chunk of p.
 
@@ -142,7 +142,7 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
         ma = a < F.A
         mask = mk & ma
         column = group_number(m, c, n0, F) * F.A + a
-        t1, t0 = merge_sums(o, row, chunks, column, mask, groups * F.A, GROUPS, F.MERGE_A, F)
+        t1, t0 = merge_sums(o, chunks, column, mask, groups * F.A, GROUPS, F.MERGE_A, F)
         if PER > 1 and F.A > 1:  # the a of p are columns of c
             at = (m, c + a, 0, 0)
             wmask = mask
@@ -174,7 +174,7 @@ def merge_group(o, block, row, chunks, n0, F: tl.constexpr):
 @triton.jit(do_not_specialize=["n0", "chunks"])
 def grad_finish(o, n0, chunks, F: tl.constexpr):
     """merge_group() for each block of groups: one read of the partial results gives c1, c0 and dw, db."""
-    merge_group(o, tl.program_id(0), 0, chunks, n0, F)
+    merge_group(o, tl.program_id(0), chunks, n0, F)
 
 
 @triton.jit(do_not_specialize=["n0", "rows"])

@@ -4,14 +4,13 @@ import triton
 import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
-from .finish import merge_group, merge_sums
+from .finish import merge_group
 from .norm import (
     given_sums,
     gradient,
     parameters,
     read_gradient,
     saved_statistics,
-    sum_lanes,
     tile_sums,
     write_gradient,
 )
@@ -74,8 +73,6 @@ def grad_stream(o, n0, number, F: tl.constexpr):
 def paired(o, n0, lead, F: tl.constexpr):
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
     tiles = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
-    units = (tl.num_programs(0) - lead) // tiles
-    arrivals = tl.cdiv(tiles, F.FAN) if F.FAN > 0 else tiles
     begins, tile, applies, applied = pair(draw(o.tickets), lead)
     t, unit, block_a, chunk_s = numbered_tile(tile, 1, n0, F)
     u, unit_u, _, _ = numbered_tile(applied, 1, n0, F)
@@ -100,18 +97,19 @@ def paired(o, n0, lead, F: tl.constexpr):
             p1 = inside(p1, t, 0, F)
             p0 = inside(p0, t, 0, F)
         p1, p0 = tile_sums(p1, p0, F)
-        states = o.tickets + FIRST_STATE
-        chunk = chunk_of(block_a, chunk_s, chunks_s, F)
-        column, mask = store_sums(o, p1 * rstd, p0, t, chunk, n0, F)
-        merge_unit(o, unit, chunk, column, mask, states + unit, states + units + unit * arrivals, n0, F)
+        store_sums(o, p1 * rstd, p0, t, chunk_of(block_a, chunk_s, chunks_s, F), n0, F)
+        state = o.tickets + FIRST_STATE + unit
+        if arrive(state, tiles):
+            merge_group(o, unit, tiles if F.SHARED_A else chunks_s, n0, F)
+            publish(state)
     if applies:
         state = o.tickets + FIRST_STATE + unit_u
-        wait(state, arrivals, F)
+        wait(state, tiles, F)
         if F.BLOCK_K > 1 or not F.SHARED_A:
             mean_u, rstd_u = saved_statistics(o, u, F)
             w_u, b_u = parameters(o, u, F)
         apply(o, again, mean_u, rstd_u, w_u, b_u, u, True, F, EVICT_FIRST)
-        leave(state, arrivals, tiles, F)
+        leave(state, tiles, F)
 
 
 @triton.jit
@@ -130,11 +128,6 @@ def chunk_of(block_a, chunk_s, chunks_s, F: tl.constexpr):
 
 
 @triton.jit
-def chunks_of(chunks_s, n0, F: tl.constexpr):
-    return chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A) if F.SHARED_A else chunks_s
-
-
-@triton.jit
 def extent_a(n0, F: tl.constexpr):
     """Number of sums of a group that are kept apart."""
     return 1 if F.SHARED_A else extent(2, n0, F)
@@ -142,45 +135,14 @@ def extent_a(n0, F: tl.constexpr):
 
 @triton.jit
 def store_sums(o, p1, p0, t, chunk, n0, F: tl.constexpr):
-    """p1, p0 of one chunk; returns where among the columns of a row of them, and the lanes that store."""
-    PER_SUM: tl.constexpr = F.FOLD[3]
-    groups = extent(0, n0, F) * extent(1, n0, F) // PER_SUM
-    column = (t.at[0] * extent(1, n0, F) + t.at[1]) // PER_SUM * extent_a(n0, F)
-    mask = sum_lanes(t, F)
+    """p1, p0 of one chunk."""
+    n_a = extent_a(n0, F)
+    column = (t.at[0] * extent(1, n0, F) + t.at[1]) * n_a
+    mask = t.mk
     if not F.SHARED_A:
         column = column + t.at[2]
         mask = both(mask, mask_a(t, 0, F))
-    at = chunk * groups * extent_a(n0, F) + column
+    at = chunk * (extent(0, n0, F) * extent(1, n0, F)) * n_a + column
     store(o.p1, at, p1, mask)
     if o.p0 is not None:
         store(o.p0, at, p0, mask)
-    return column, mask
-
-
-@triton.jit
-def merge_unit(o, unit, chunk, column, mask, state, blocks, n0, F: tl.constexpr):
-    """The last tile of a unit to come here merges their sums to c1, c0, dw and db, and publishes the unit; see FAN in
-    stream.merge_unit()."""
-    PER_SUM: tl.constexpr = F.FOLD[3]
-    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
-    chunks = chunks_of(chunks_s, n0, F)
-    if F.FAN > 0:
-        rows = tl.cdiv(chunks, F.FAN)
-        begin = chunk // F.FAN * F.FAN
-        number = tl.minimum(chunks - begin, F.FAN)
-        word = blocks + chunk // F.FAN
-        if arrive(word, number):
-            tl.atomic_xchg(word, 0, sem="relaxed")
-            columns = extent(0, n0, F) * extent(1, n0, F) // PER_SUM * extent_a(n0, F)
-            b1, b0 = merge_sums(o, begin, number, column, mask, columns, F.BLOCK_K, F.BLOCK_A, F)
-            q = (chunks + chunk // F.FAN) * columns + column
-            store(o.p1, q, b1, mask)
-            if o.p0 is not None:
-                store(o.p0, q, b0, mask)
-            if arrive(state, rows):
-                merge_group(o, unit, chunks, rows, n0, F)
-                publish(state)
-    else:
-        if arrive(state, chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)):
-            merge_group(o, unit, 0, chunks, n0, F)
-            publish(state)

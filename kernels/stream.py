@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
-from .finish import chunk_size, finish_groups, merge_moments
+from .finish import chunk_size, finish_groups
 from .norm import (
     add_moments,
     any_of,
@@ -22,7 +22,7 @@ from .norm import (
     reciprocal_root,
     write_output,
 )
-from .sums import by_group, sum_along, total, totals
+from .sums import sum_along, total, totals
 from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
 from .tile import (
     ANY,
@@ -30,9 +30,6 @@ from .tile import (
     EVICT_LAST,
     count,
     extent,
-    first_column,
-    first_columns,
-    group_block,
     group_number,
     load_kept,
     number_of_groups,
@@ -77,8 +74,6 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
     X: tl.constexpr = F.X
     chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
     tiles = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
-    units = (tl.num_programs(0) - lead) // tiles
-    arrivals = tl.cdiv(chunks_s, F.FAN) if F.FAN > 0 else tiles
     begins, tile, applies, applied = pair(draw(o.tickets), lead)
     t, unit, block_a, chunk_s = numbered_tile(tile, 1, n0, F)
     u, unit_u, _, _ = numbered_tile(applied, 1, n0, F)
@@ -89,19 +84,21 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
     if o.pre is None:
         x = load_pieces(o.x, u, X, F, EVICT_FIRST)
     if begins:
-        states = o.tickets + FIRST_STATE
         store_moments(o, v, t, block_a, chunk_s, 1, n0, F)
-        merge_unit(o, unit, block_a, chunk_s, states + unit, states + units + unit * arrivals, n0, eps, momentum, F)
+        state = o.tickets + FIRST_STATE + unit
+        if arrive(state, tiles):
+            finish_groups(o, unit, tiles, chunks_s, 1, n0, eps, momentum, F)
+            publish(state)
     if applies:
         state = o.tickets + FIRST_STATE + unit_u
-        wait(state, arrivals, F)
+        wait(state, tiles, F)
         mean = load_kept(o.mean, u, F, True) if o.mean is not None else 0.0
         rstd = load_kept(o.rstd, u, F, True)
         if o.pre is None:
             write_output(o, x, mean, rstd, u, F, EVICT_FIRST)
         else:  # the sum was written by a program of this launch: not to be read before
             write_output(o, load_pieces(o.sum, u, SUM, F, EVICT_FIRST), mean, rstd, u, F, EVICT_FIRST)
-        leave(state, arrivals, tiles, F)
+        leave(state, tiles, F)
 
 
 @triton.jit
@@ -110,23 +107,21 @@ def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     GROUPS: tl.constexpr = F.FOLD[2]
     chunk = block_a * tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps) + chunk_s
     at = chunk * number_of_groups(n0, F) + group_number(t.at[0], t.at[1], n0, F)
-    first = first_columns(t, F)
     if F.CENTER:
         if F.PHASE == _STATISTICS or GROUPS <= 16:
             mean, m2 = chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F)
         else:
             n = chunk_size(chunk, tl.cdiv(extent(3, n0, F), F.WIDTH_S), 1, n0, F)
             near, mean, m2 = moments(v, t, n, 0.0, F)
-            m, c = first_column(t.at[0], t.at[1], F)
-            mean = (near - first_elements(o, m, c, t.mk, F)) + mean
-        tl.store(o.part_mean + at, mean, mask=first)
+            mean = (near - first_elements(o, t.at[0], t.at[1], t.mk, F)) + mean
+        tl.store(o.part_mean + at, mean, mask=t.mk)
     else:
         _, d2 = add_moments(None, None, v, t, 0.0, F)
         for i in range(1, tiles_of(chunk_s, steps, n0, F)):
             u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
             _, d2 = add_moments(None, d2, read_input(o, u, F), u, 0.0, F)
-        m2 = by_group(total(d2, F.BLOCK_K), F)
-    tl.store(o.part_m2 + at, m2, mask=first)
+        m2 = total(d2, F.BLOCK_K)
+    tl.store(o.part_m2 + at, m2, mask=t.mk)
 
 
 @triton.jit
@@ -140,16 +135,14 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     which one is likely to begin far from its mean, about the mean of its first tile; again where squares about that
     cancel."""
     GROUPS: tl.constexpr = F.FOLD[2]
-    PER: tl.constexpr = F.FOLD[0]
-    n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F) * PER
+    n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F)
     n_s = extent(3, n0, F) - chunk_s * steps * F.WIDTH_S
     n = n_a * count(tl.minimum(n_s, steps * F.WIDTH_S), F)
-    m, c = first_column(t.at[0], t.at[1], F)
-    first = first_elements(o, m, c, t.mk, F)
+    first = first_elements(o, t.at[0], t.at[1], t.mk, F)
     shift = first
     if GROUPS >= 16:
         d1, _ = add_moments(None, None, v, t, 0.0, F)
-        shift = by_group(sum_along(sum_along(d1, 2, F), 1, F), F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
+        shift = sum_along(sum_along(d1, 2, F), 1, F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
     s1, s2 = chunk_sums(o, v, t, shift, block_a, chunk_s, steps, n0, F)
     mean = s1 / n
     m2 = tl.maximum(s2 - s1 * mean, 0.0)
@@ -170,39 +163,4 @@ def chunk_sums(o, v, t, near, block_a, chunk_s, steps, n0, F: tl.constexpr, writ
     for i in range(1, tiles_of(chunk_s, steps, n0, F)):
         u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
         d1, d2 = add_moments(d1, d2, read_input(o, u, F, ANY, write), u, near, F)
-    s1, s2 = totals(d1, d2, F)
-    return by_group(s1, F), by_group(s2, F)
-
-
-@triton.jit
-def merge_unit(o, unit, block_a, chunk_s, state, blocks, n0, eps, momentum, F: tl.constexpr):
-    """The last tile of a unit to come here merges all their moments and publishes the unit.
-
-    FAN > 0: so many chunks at a time are merged by the last of them first, so that a unit of hundreds of chunks of many
-    groups leaves no long work to a single program.
-    """
-    chunks_s = tl.cdiv(extent(3, n0, F), F.WIDTH_S)
-    if F.FAN > 0:  # there is one block of a
-        rows = tl.cdiv(chunks_s, F.FAN)
-        begin = chunk_s // F.FAN * F.FAN
-        number = tl.minimum(chunks_s - begin, F.FAN)
-        word = blocks + chunk_s // F.FAN
-        if arrive(word, number):
-            tl.atomic_xchg(word, 0, sem="relaxed")
-            m, c, mk = group_block(unit, n0, F)
-            groups = number_of_groups(n0, F)
-            at = group_number(m, c, n0, F)
-            n = chunk_size(chunk_s // F.FAN, rows, F.FAN, n0, F)
-            mean, m2 = merge_moments(o, m, c, mk, begin, begin, number, n, chunks_s, 1, n0, F)
-            q = (chunks_s + chunk_s // F.FAN) * groups + at
-            if F.CENTER:
-                tl.store(o.part_mean + q, mean, mask=mk)
-            tl.store(o.part_m2 + q, m2, mask=mk)
-            if arrive(state, rows):
-                finish_groups(o, unit, chunks_s, rows, rows, F.FAN, n0, eps, momentum, F)
-                publish(state)
-    else:
-        chunks = chunks_s * tl.cdiv(extent(2, n0, F), F.WIDTH_A)
-        if arrive(state, chunks):
-            finish_groups(o, unit, 0, chunks, chunks_s, 1, n0, eps, momentum, F)
-            publish(state)
+    return totals(d1, d2, F)

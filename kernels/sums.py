@@ -34,8 +34,10 @@ def over_rows(v, K: tl.constexpr, A: tl.constexpr):
 
 @triton.jit
 def along_columns(v, K: tl.constexpr, S: tl.constexpr):
-    """[K, 1, S] -> [K, 1, 1], the sum along columns."""
-    return tl.reshape(halves(tl.reshape(v, (K, S)), K, S), (K, 1, 1))
+    """[K, 1, S] -> [K, 1, 1], the sum along columns: by each of four warps for itself, then over these."""
+    if S > 4:
+        v = tl.sum(tl.reshape(v, (K, 4, S // 4)), 2)
+    return tl.reshape(halves(tl.reshape(v, (K, min(S, 4))), K, min(S, 4)), (K, 1, 1))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ belong together.  An apply waits until its unit is published, which is what the 
 last of the unit to arrive.  `lead` is at least the tiles of a unit, so all that an apply waits for was drawn before
 it, and a program has done its own statistics before it waits: nobody waits for a ticket that is not drawn yet.
 
-    words of o.tickets    [0] the next ticket      [32 + unit] its state      [32 + units + ...] blocks of chunks
-    state of a unit       0 ... n: arrivals of statistics      n + 1 ... n + 1 + tiles: published, and applies done
+    words of o.tickets    [0] the next ticket                  [32 + unit] its state
+    state of a unit       0 ... tiles: arrivals of statistics  tiles + 1 ... 2 tiles + 1: published, and applies done
 
 Every word is 0 again when a launch ends.
 """
@@ -68,26 +68,26 @@ def acquired(word_ptr, F: tl.constexpr):
 
 
 @triton.jit
-def wait(word_ptr, expected, F: tl.constexpr):
-    """Until a unit of `expected` arrivals is published."""
-    while acquired(word_ptr, F) <= expected:
+def wait(word_ptr, tiles, F: tl.constexpr):
+    """Until a unit of so many tiles is published."""
+    while acquired(word_ptr, F) <= tiles:
         pass
     if not F.PTX:
         tl.debug_barrier()
 
 
 @triton.jit
-def leave(word_ptr, expected, tiles, F: tl.constexpr):
-    """The last of the `tiles` applies of a unit puts its state back to 0."""
+def leave(word_ptr, tiles, F: tl.constexpr):
+    """The last of the applies of a unit puts its state back to 0."""
     if F.PTX:
         tl.debug_barrier()  # every thread waits for itself, and a slow one is not to see the 0
-        # Counts up to expected + tiles, and then from 0.
+        # Counts up to 2 tiles, and then from 0.
         tl.inline_asm_elementwise(
             "{ .reg .pred first; .reg .b32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
             " @first red.relaxed.gpu.global.inc.u32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r", [word_ptr, expected + tiles], dtype=tl.int32, is_pure=False, pack=1,
+            "=r,l,r", [word_ptr, 2 * tiles], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
     else:
         before = tl.atomic_add(word_ptr, 1, sem="relaxed")
-        if before == expected + tiles:
+        if before == 2 * tiles:
             tl.atomic_xchg(word_ptr, 0, sem="relaxed")

@@ -392,15 +392,3 @@ def group_number(m, c, n0, F: tl.constexpr):
     PER: tl.constexpr = F.FOLD[0]
     g = m * extent(1, n0, F) + c
     return g // PER if PER > 1 else g
-
-
-@triton.jit
-def first_column(m, c, F: tl.constexpr):
-    """m and c of the first column of a group."""
-    PER: tl.constexpr = F.FOLD[0]
-    if PER > 1:
-        if F.ALONG_M:
-            m = m // PER * PER
-        else:
-            c = c // PER * PER
-    return m, c

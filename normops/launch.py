@@ -21,10 +21,11 @@ from .checks import Axes, written
 from .form import kept_strides
 from .kernels.bundles import Operands
 from .layout import follows, split
-from .plan import Plan, Shapes, Spec, accumulator, weight_strides
+from .plan import Plan, Spec, accumulator, weight_strides
 from .plan_backward import Needs, plan_backward
 from .plan_forward import plan_forward
 from .schedule import Device
+from .views import Shapes
 
 INTERPRETED = compiled.INTERPRETED
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
 
-from .kernels.bundles import ABSENT, Form
-from .layout import Layout, coalesce, dense_strides
-from .schedule import Device, Limits, Tile, column_blocks, plane_tile, vector
+from .kernels.bundles import Form
+from .layout import Layout, dense_strides
+from .schedule import Device, Limits, Tile, vector
 from .ticketing import Tickets
+from .views import Shapes, View
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -111,14 +112,6 @@ def weight_strides(spec: Spec) -> tuple[int, ...]:
     return tuple(strides.get(i, 0) for i in range(len(shape)))
 
 
-def form(layout: Layout, operands: dict[str, Any], spec: Spec, acc: torch.dtype, device: Device) -> Form:
-    """What is known of every launch of a direction, whatever its tile."""
-    return Form(
-        SPACE=layout.space, ACC=tl.float64 if acc is torch.float64 else tl.float32, STAT=layout.statistics(),
-        CENTER=spec.center, ACT=spec.activation, PTX=device.ptx, **operands,
-    )  # fmt: skip
-
-
 def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:
     """The form of a launch whose programs take such tiles of the layout."""
     wide = layout.reach() + tile.elements >= 2**31 or layout.numel + tile.elements >= 2**31
@@ -137,14 +130,6 @@ def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:
     })  # fmt: skip
 
 
-def cut_columns(form: Form, tile: Tile, layout: Layout, itemsize: int, **more: Any) -> Form:
-    """cut() for columns that lie side by side; the last block overlaps the one before it, where they do not divide."""
-    n = layout.runs[-1].size
-    whole = 0 not in layout.sizes("m" if tile.along_m else "c") and n >= tile.k
-    clamp = vector(layout, itemsize) if whole and n % tile.k else 0
-    return cut(form, tile, layout, **{"KEPT_FIRST": True, "FULL_K": whole, "CLAMP_K": clamp} | more)
-
-
 def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, int]:
     """FOLD as kernels take it, for blocks of so many columns in so many lanes of groups."""
     return layout.fold, columns, groups, layout.fold if layout.shared else 1
@@ -159,96 +144,63 @@ def kept_first(layout: Layout) -> bool:
     return bool(layout.runs) and not layout.runs[-1].reduced
 
 
-class Shapes(NamedTuple):
-    """Strides (in the split shape) of every operand that a direction touches; None where it is absent."""
+class Planner:
+    """What both directions know of a call, and the order in which they try engines."""
 
-    order: tuple[int, ...]
-    operands: tuple[tuple[str, tuple[int, ...] | None], ...]
+    def __init__(
+        self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device
+    ) -> None:
+        self.spec, self.shapes, self.itemsize, self.acc, self.acc_bytes = spec, shapes, itemsize, acc, acc.itemsize
+        self.limits, self.device = limits, device
+        self.base = shapes.view(spec.shape, spec.reduced, spec.affine)
+        self.groups = shapes.of_groups(self.base, itemsize)
+        self.columns = shapes.of_columns(self.base, itemsize)
+        self.plane_tile: Tile | None
+        self.plane_tile, self.tiled = shapes.planes(self.base, itemsize, self.acc_bytes) or (None, self.base)
 
-    def has(self, name: str) -> bool:
-        return dict(self.operands)[name] is not None
+    @property
+    def streamed(self) -> Layout:
+        return (self.columns or self.groups).layout
 
-    def layout(self, spec: Spec, affine: tuple[int, ...]) -> tuple[Layout, dict[str, Any]]:
-        """The layout over all operands, and each operand's strides as kernels take them."""
-        present = [(name, strides) for name, strides in self.operands if strides is not None]
-        layout = coalesce(spec.shape, (self.order, *(strides for _, strides in present)), spec.reduced, affine)
-        given = {name: layout.operand(i + 1) for i, (name, _) in enumerate(present)}
-        if not layout.kept:
-            # A single row, in tiles of several as a batch of them: addresses have the shape of the tile all the same.
-            given = {name: steps if name == "W" else ((0,), *steps[1:]) for name, steps in given.items()}
-        return layout, {name: given.get(name, ABSENT) for name, _ in self.operands}
+    def form(self, view: View) -> Form:
+        """What is known of every launch over a view, whatever its tile."""
+        return Form(
+            SPACE=view.layout.space, ACC=tl.float64 if self.acc is torch.float64 else tl.float32,
+            STAT=view.layout.statistics(), CENTER=self.spec.center, ACT=self.spec.activation, PTX=self.device.ptx,
+            **view.operands,
+        )  # fmt: skip
 
-    def planes(self, layout: Layout, itemsize: int, acc_bytes: int) -> tuple[Tile, Layout, dict[str, Any]] | None:
-        """A tile, the layout, and its operands, with the batch counted as a, where planes of a batch are averaged over:
-        the tile is a piece of several planes, at constant distances; see Layout.of_planes()."""
-        planes = layout.of_planes()
-        tile = None if planes is None else plane_tile(planes, itemsize, acc_bytes)
-        if planes is None or tile is None:
-            return None
-        places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
-        given = {name: planes.operand(i) for name, i in places.items()}
-        return tile, planes, {name: given.get(name, ABSENT) for name, _ in self.operands}
+    def column_form(self, form: Form, tile: Tile, layout: Layout) -> Form:
+        """Of launches that walk along columns; the last block of them overlaps the one before it, where they do not
+        divide."""
+        n = layout.runs[-1].size
+        whole = 0 not in layout.sizes("m" if tile.along_m else "c") and n >= tile.k
+        clamp = vector(layout, self.itemsize) if whole and n % tile.k else 0
+        return cut(form, tile, layout, KEPT_FIRST=True, FULL_K=whole, CLAMP_K=clamp)
 
-    def folded(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
-        """The folded layout and its operands, see Layout.folded; of planes only where it allows wider accesses and they
-        cannot be read 8 bytes at a time: else a tile of planes has no idle lanes."""
-        places = {name: i + 1 for i, name in enumerate(n for n, strides in self.operands if strides is not None)}
-        params = places.get("W")
-        found = layout.folded([0, *(i for name, i in places.items() if name != "W")], params)
-        if found is None:
-            return None
-        narrow = vector(layout, itemsize)
-        if found.shared and (vector(found, itemsize) <= narrow or narrow * itemsize >= 8):
-            return None
-        given = {name: found.operand(i) for name, i in places.items()}
-        if params is not None and found.shared:
-            given["W"] = (*layout.operand(params), found.divisors)
-        return found, {name: given.get(name, ABSENT) for name, _ in self.operands}
+    def choose(self) -> Plan:
+        """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit.
 
-    def columns(self, layout: Layout, itemsize: int) -> tuple[Layout, dict[str, Any]] | None:
-        """The folded layout and its operands, where it allows wider accesses and blocks of whole groups."""
-        found = self.folded(layout, itemsize)
-        if found is None or vector(found[0], itemsize) <= vector(layout, itemsize):
-            return None
-        return found if column_blocks(found[0], itemsize) else None
+        Columns are visited in launches of their own: in one, a tile would have to form groups of them.
+        """
+        engine = self.limits.engine
+        tile = self.resident_tile() if engine in ("", "resident") else None
+        if tile is not None:
+            return self.resident(tile)
+        tickets = self.tickets() if engine in ("", "ticketed") and self.columns is None else None
+        return self.split() if tickets is None else self.ticketed(tickets)
 
-    def by_column(
-        self, layout: Layout, operands: dict[str, Any], itemsize: int
-    ) -> tuple[Layout, dict[str, Any]] | None:
-        """A layout and its operands whose kept points lie side by side in memory, all that is averaged over outside of
-        them, so that a program can walk along a block of columns; None where memory does not run so."""
-        found = (layout, operands)
-        if layout.runs and layout.runs[-1].reduced:
-            folded = self.folded(layout, itemsize)
-            if folded is None:
-                return None
-            found = folded
-        columns = found[0].runs[-1]
-        alone = not columns.reduced and found[0].runs_of(columns.letter) == (columns,)
-        # Columns that are a batch themselves are rows that lie across memory: their bits do not depend on others.
-        if not alone or found[0].batch == columns.letter or not found[0].extent("a") == 1 < found[0].extent("s"):
-            return None
-        return found
+    def resident_tile(self) -> Tile | None:
+        raise NotImplementedError
 
+    def resident(self, tile: Tile) -> Plan:
+        raise NotImplementedError
 
-class Planner(Protocol):
-    """What each direction knows to do with its groups."""
+    def tickets(self) -> Tickets | None:
+        raise NotImplementedError
 
-    limits: Limits
-    by_column: tuple[Layout, dict[str, Any]] | None
+    def ticketed(self, tickets: Tickets) -> Plan:
+        raise NotImplementedError
 
-    def resident_tile(self) -> Tile | None: ...
-    def resident(self, tile: Tile) -> Plan: ...
-    def tickets(self) -> Tickets | None: ...
-    def ticketed(self, tickets: Tickets) -> Plan: ...
-    def split(self) -> Plan: ...
-
-
-def ladder(planner: Planner) -> Plan:
-    """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit."""
-    engine = planner.limits.engine
-    tile = planner.resident_tile() if engine in ("", "resident") else None
-    if tile is not None:
-        return planner.resident(tile)
-    tickets = planner.tickets() if engine == "ticketed" or (not engine and planner.by_column is None) else None
-    return planner.split() if tickets is None else planner.ticketed(tickets)
+    def split(self) -> Plan:
+        raise NotImplementedError

@@ -79,15 +79,12 @@ class Limits:
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
     # so that what a program waits for was begun a whole generation of programs before.
     ahead: int = 4
-    # Partial results that one program merges at a time, where they are many groups wide.
-    fan: int = 32
     # Rows side by side in a tile of long rows, so that w and b are read for several at once: they are larger than x.
     rows: int = 4
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
-    # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps (4 of x and of dy) on their way at once.
+    # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps on their way at once, of x and of dy.
     column_tile: int = 8192
-    grad_column_tile: int = 4096
     # Programs of an SM that walk along columns: about as many as it runs at once, by their registers.
     column_programs: int = 3
     grad_column_programs: int = 6
@@ -102,8 +99,8 @@ def limits() -> Limits:
 
 
 _POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp", "column_tile",
-           "grad_column_tile", "rows")  # fmt: skip
-_LEAST = {"chunks": 1, "fan": 0, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "column_programs": 1,
+           "rows")  # fmt: skip
+_LEAST = {"chunks": 1, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "column_programs": 1,
           "grad_column_programs": 1}  # fmt: skip
 
 
@@ -281,10 +278,6 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     """A tile that walks through memory: filled from the innermost axis outwards."""
     elements = elements * 4 // acc_bytes
     m = along_m(layout)
-    if layout.fold > 1:
-        lanes, columns = column_blocks(layout, itemsize)[0]
-        s = min(next_power_of_2(layout.extent("s")), max(1, elements // lanes))
-        return Tile(m, lanes, 1, s, warps(lanes * s * acc_bytes // 4, per_warp), columns, layout.fold)
     letter = "m" if m else "c"
     block = {"k": 1, "a": 1, "s": 1}
     room = elements
@@ -317,42 +310,45 @@ def plane_tile(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
     return Tile(False, 1, a, s, 4, pieces=pieces)
 
 
-def column_tile(layout: Layout, itemsize: int, elements: int) -> Tile:
-    """A tile of columns, which lie side by side in memory, of so many elements of bf16: 16 bytes a lane of 4 warps in
-    each of its pieces; with few idle lanes, and about as wide as a line of memory."""
-    elements = elements * 2 // itemsize
+def column_tile(layout: Layout, itemsize: int, device: Device) -> Tile:
+    """A tile of columns, which lie side by side in memory: 16 bytes a lane of 4 warps in each of its pieces; with few
+    idle lanes, about as wide as a line of memory, and small enough that there are two for each SM."""
+    elements = limits().column_tile * 2 // itemsize
     each = 32 * vector(layout, itemsize)
     warps = max(1, min(4, elements // each))
     lanes = warps * each
-    pieces = max(1, min(8, elements // lanes))
-    n = layout.runs[-1].size
+    most = max(1, min(8, elements // lanes))
     rows = next_power_of_2(layout.extent("s"))  # of a batch, too: roughly
 
     def cost(tile: Tile) -> tuple[float, ...]:
-        idle = -(-n // tile.k) * tile.k / n * max(1, tile.length / rows)
+        idle = -(-layout.runs[-1].size // tile.k) * tile.k / layout.runs[-1].size * max(1, tile.length / rows)
         return round(4 * idle), -tile.pieces, abs(log2(tile.k * itemsize / limits().line_bytes))
 
     widths = [k for k in (16, 32, 64, 128, 256, 512, 1024) if k <= lanes]
-    m, counts = along_m(layout), (pieces, -(-pieces // 2))
-    tiles = (Tile(m, k, 1, lanes // k, warps, pieces=p) for k in widths for p in counts)
-    return min(tiles, key=cost)
+    m, counts = along_m(layout), (most, -(-most // 2))
+    tile = min((Tile(m, k, 1, lanes // k, warps, pieces=p) for k in widths for p in counts), key=cost)
+    while tile.pieces > 2 and across(layout, tile) * -(-layout.extent("s") // tile.length) < 2 * device.num_sms:
+        tile = replace(tile, pieces=tile.pieces // 2)
+    return tile
+
+
+def across(layout: Layout, tile: Tile) -> int:
+    """Blocks of columns, of all samples."""
+    n = layout.runs[-1].size
+    return -(-n // tile.k) * (layout.extent("m") * layout.extent("c") // n)
 
 
 def column_steps(layout: Layout, tile: Tile, device: Device, programs: int) -> int:
     """Tiles that a program of a statistics kernel walks along columns: so many programs for each SM, if there are as
     many tiles; with all that they have on their way memory is busy."""
-    across = -(-layout.runs[-1].size // tile.k) * (layout.extent("m") * layout.extent("c") // layout.runs[-1].size)
     tiles = -(-layout.extent("s") // tile.length)
-    return -(-tiles // max(1, min(tiles, programs * device.num_sms // across)))
+    return -(-tiles // max(1, min(tiles, programs * device.num_sms // across(layout, tile))))
 
 
-def column_finish_tile(
-    layout: Layout, tile: Tile, device: Device, programs: int, n_a: int, apart: int
-) -> tuple[int, int, int]:
-    """(groups, columns of each, partials) that a finish of columns takes at once: all partials that there may be,
-    whatever the batch, up to 1024, and as many groups and columns as fill a program."""
-    most = apart * max(1, programs * device.num_sms // -(-layout.runs[-1].size // tile.k))
-    p = max(32, min(1024, next_power_of_2(most)))
+def column_finish_tile(partials: int, n_a: int) -> tuple[int, int, int]:
+    """(groups, columns of each, partials) that a finish of columns takes at once: all partials of a group, up to 1024,
+    and as many groups and columns as fill a program."""
+    p = max(32, min(1024, next_power_of_2(partials)))
     a = min(next_power_of_2(n_a), 32)
     return max(1, min(8, 4096 // (a * p))), a, p
 

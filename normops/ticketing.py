@@ -22,18 +22,8 @@ class Tickets:
     tiles: int
     units: int
     lead: int
-    fan: int
-    """Chunks that are merged at a time; 0: all at once."""
     merge_p: int
     """Partial results that a tile of a merge holds per group."""
-
-    def blocks(self, chunks: int) -> int:
-        """Blocks of `fan` chunks that are merged first."""
-        return -(-chunks // self.fan) if self.fan else 0
-
-    def rows(self, chunks: int) -> int:
-        """Rows of partial results: one for each chunk of a group, and one for each block of them."""
-        return chunks + self.blocks(chunks)
 
     @property
     def programs(self) -> int:
@@ -42,7 +32,7 @@ class Tickets:
     @property
     def words(self) -> int:
         """Words that the launch counts in, see kernels/tickets.py."""
-        return FIRST_STATE + self.units * (1 + self.blocks(self.tiles))
+        return FIRST_STATE + self.units
 
 
 def long_rows(layout: Layout) -> bool:
@@ -65,7 +55,7 @@ def ticketed(
     for tile in _tiles(layout, streamed, itemsize, rows, limits) if planes is None else [planes]:
         # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
         side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
-        unit = side // tile.fold * layout.group * itemsize * streams
+        unit = side * layout.group * itemsize * streams
         if 4 * unit <= 3 * window:  # statistics must run ahead by more than a unit
             return _tickets(layout, tile, unit, window, limits, device)
     return None
@@ -83,7 +73,7 @@ def _tiles(layout: Layout, tile: Tile, itemsize: int, rows: int, limits: Limits)
             rows //= 2
         return
     yield tile
-    if layout.fold == 1 and tile.k > 1 and line_groups(layout, itemsize, limits.line_bytes) > 1:
+    if tile.k > 1 and line_groups(layout, itemsize, limits.line_bytes) > 1:
         # Half a line of memory for each group of channels: better than a third pass over x.
         yield replace(tile, k=tile.k // 2, s=min(next_power_of_2(layout.extent("s")), 2 * tile.s))
 
@@ -96,8 +86,4 @@ def _tickets(layout: Layout, tile: Tile, unit: int, window: int, limits: Limits,
     units = -(-layout.extent(inside) // tile.columns) * layout.extent(outside)
     # Beside the tile that is applied a program reads the next one: one more goes by than statistics run ahead.
     lead = max(tiles, min(tiles + limits.ahead * device.num_sms, window * tiles // unit - 1))
-    # Decided by the tile alone, for the number of chunks may be that of a batch, which compiles nothing.
-    fan = limits.fan if 2 * tile.k >= limits.fan and blocks_a == 1 else 0
-    return Tickets(
-        tile, chunks_s, tiles, units, min(lead, units * tiles), fan, max(8, min(512, 1024 // tile.k))
-    )
+    return Tickets(tile, chunks_s, tiles, units, min(lead, units * tiles), max(8, min(512, 1024 // tile.k)))

@@ -22,10 +22,11 @@ from normops import functional as F
 from normops import launch, schedule
 from normops.kernels.resident import grad_normalize
 from normops.layout import dense_strides
-from normops.plan import Plan, Shapes, Spec, weight_strides
+from normops.plan import Plan, Spec, weight_strides
 from normops.plan_backward import plan_backward
 from normops.plan_forward import plan_forward
 from normops.testing import Planned, Traffic, cost, plans, traffic
+from normops.views import Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,8 +37,8 @@ ALL_SPLIT = {"engine": "split"}
 ODD = {
     "odd": {"tile": 64, "grad_tile": 32, "line_bytes": 16, "warps_per_sm": 1},
     "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1,
-                  "column_tile": 64, "grad_column_tile": 32, "column_programs": 1},
-    "odd ticketed": {"engine": "ticketed", "ticket_tile": 64, "grad_ticket_tile": 32, "line_bytes": 16, "fan": 2,
+                  "column_tile": 64, "column_programs": 1},
+    "odd ticketed": {"engine": "ticketed", "ticket_tile": 64, "grad_ticket_tile": 32, "line_bytes": 16,
                      "rows": 2, "ahead": 0, "warps_per_sm": 1},
 }  # fmt: skip
 MB = 2**20

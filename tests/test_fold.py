@@ -10,7 +10,7 @@ import torch
 
 from normops import functional as F
 from normops.testing import plans
-from tests.tolerance import ENGINES, TINY, check, engine, leaf, oracle
+from tests.tolerance import TINY, check, engine, leaf, oracle
 
 # (norm, shape, groups, options): short odd pieces of groups side by side, tiled as columns.
 FOLDED = [
@@ -21,7 +21,7 @@ FOLDED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("which", ENGINES)
+@pytest.mark.parametrize("which", ["resident", "split"])  # columns are never visited in a launch of tickets
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(("norm", "shape", "groups", "options"), FOLDED, ids=lambda v: str(v) if not isinstance(v, dict) else "")

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = (
     {"kernels", "layout", "pattern"},
     {"schedule", "activations", "compiled", "form"},
-    {"ticketing"},
+    {"ticketing", "views"},
     {"plan"},
     {"plan_forward", "plan_backward"},
     {"reference", "checks", "counters"},
@@ -44,14 +44,15 @@ ONLY = {
     "schedule": {".layout"},
     "ticketing": {".layout", ".schedule"},
     "reference": {"torch", ".activations", ".layout", ".pattern"},
-    "plan": {"torch", "triton", ".kernels", ".layout", ".schedule", ".ticketing"},
-    "plan_forward": {"torch", "triton", ".layout", ".plan", ".schedule", ".ticketing", ".kernels"},
-    "plan_backward": {"torch", "triton", ".plan", ".schedule", ".ticketing", ".kernels"},
+    "views": {".kernels", ".layout", ".schedule"},
+    "plan": {"torch", "triton", ".kernels", ".layout", ".schedule", ".ticketing", ".views"},
+    "plan_forward": {"torch", "triton", ".layout", ".plan", ".schedule", ".ticketing", ".views", ".kernels"},
+    "plan_backward": {"torch", "triton", ".layout", ".plan", ".schedule", ".ticketing", ".views", ".kernels"},
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {
         "torch", ".compiled", ".checks", ".counters", ".form", ".layout", ".plan", ".plan_forward",
-        ".plan_backward", ".schedule", ".kernels",
+        ".plan_backward", ".schedule", ".views", ".kernels",
     },
 }
 

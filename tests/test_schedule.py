@@ -214,7 +214,7 @@ def test_parameters_do_not_narrow_a_tile() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("tile", 100), ("ticket_tile", 0), ("grad_ticket_tile", -64), ("rows", 3), ("chunks", 0), ("fan", -1),
+    ("tile", 100), ("ticket_tile", 0), ("grad_ticket_tile", -64), ("rows", 3), ("chunks", 0),
 ])  # fmt: skip
 def test_sizes_that_no_kernel_takes_are_refused(name: str, value: int) -> None:
     before = schedule.limits()

@@ -90,7 +90,7 @@ CASES = [
     pytest.param(layer_norm, 3, CONTIGUOUS, id="LayerNorm"),
     pytest.param(rms_norm, 3, CONTIGUOUS, id="RMSNorm"),
 ]
-TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "fan": 2, "rows": 2, "ahead": 0,
+TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "rows": 2, "ahead": 0,
            "line_bytes": 16}  # fmt: skip
 SPLIT = {"engine": "split", "tile": 64, "grad_tile": 64}
 

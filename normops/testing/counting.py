@@ -309,9 +309,9 @@ def _grad_finish(call: Counted) -> None:
     _merge_group(call, call["chunks"], call.grid)
 
 
-def _words(call: Counted, tiles: int, units: int, blocks: int) -> None:
-    """tickets.py where programs run one after the other, so that none waits; blocks: of chunks, merged first."""
-    draw, arrive, publish, wait, leave = call.grid + 1, tiles + 2 * blocks, units, tiles, tiles + units
+def _words(call: Counted, tiles: int, units: int) -> None:
+    """tickets.py where programs run one after the other, so that none waits."""
+    draw, arrive, publish, wait, leave = call.grid + 1, tiles, units, tiles, tiles + units
     lanes = draw + arrive + publish + wait + leave
     call.load("tickets", lanes, again=True)
     call.store("tickets", lanes)
@@ -333,18 +333,16 @@ def _ends(call: Counted, tiles: _Tiles) -> tuple[_Tiles, _Tiles]:
 def _paired(call: Counted) -> None:
     tiles = call.tiles(_chunks(call), more=call["number"])
     units, chunks = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
-    blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
     call.ahead(tiles, "x", "pre", "sum")
     first, last = _ends(call, tiles)
     call.load_aside("x", last.lanes() + (0 if call.has("pre") else first.lanes()))
     call.load_aside("pre", last.lanes())
-    _words(call, units * chunks, units, units * blocks)
+    _words(call, units * chunks, units)
     _read_input(call, tiles)
     _first_elements(call, tiles.lanes("k") + call.groups)
     for pointer in ("part_mean", "part_m2"):
-        call.store(pointer, call.groups * (chunks + blocks))
-    for rows in (chunks, blocks) if blocks else (chunks,):
-        _merge_moments(call, rows, again=True)
+        call.store(pointer, call.groups * chunks)
+    _merge_moments(call, chunks, again=True)
     _keep_moments(call)
     call.read("sum" if call.has("sum") else "x", tiles, again=True)
     for pointer in ("mean", "rstd"):
@@ -356,19 +354,16 @@ def _grad_paired(call: Counted) -> None:
     tiles = call.tiles(_chunks(call), more=call["number"])
     units, each = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
     chunks = each if call["SHARED_A"] else tiles.s.tiles
-    blocks = cdiv(chunks, call["FAN"]) if call["FAN"] else 0
     streams = ("x", "dy", *(["post"] if call["ACT"] != "identity" else []))
     call.ahead(tiles, *streams)
     first, last = _ends(call, tiles)
     for pointer in streams:
         call.load_aside(pointer, first.lanes() + last.lanes())
-    _words(call, units * each, units, units * blocks)
+    _words(call, units * each, units)
     _read_gradient(call, tiles)
     for pointer in ("p1", "p0"):
-        call.store(pointer, call.groups * call["A"] * (chunks + blocks))
-        if blocks:
-            call.load(pointer, call.groups * call["A"] * chunks, again=True)
-    _merge_group(call, blocks or chunks, units, again=True)
+        call.store(pointer, call.groups * call["A"] * chunks)
+    _merge_group(call, chunks, units, again=True)
     _read_gradient(call, tiles, again=True)
     # Numbers are loaded before it is known whether there is a tile to apply.
     numbers = call["BLOCK_K"] == 1 and call["SHARED_A"]
