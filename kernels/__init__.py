@@ -27,11 +27,12 @@ there is one of for each group is a number, not a block.
 
 ``FOLD`` = (columns of a group, columns of a block, lanes of its groups, columns that a sum over s stands for:
 1, or those of a group where they share their parameters).  Where a reduced axis is the innermost one and its
-pieces are short and odd (10 channels a group in channels_last, 7 × 7 planes), it is counted among the kept ones:
-m or c are then *columns*, read as wide as memory allows, and a block holds whole groups of them; sums over s are
-taken by column first, then over the columns of a group (``by_group``).  A fifth element of an operand's strides
-says how many neighbours along (m, c) share one of its elements.  Elsewhere a group is one column:
-FOLD = (1, BLOCK_K, BLOCK_K, 1).
+pieces are short (10 channels a group in channels_last, 7 × 7 planes), it is counted among the kept ones: m or c are
+then *columns*, read as wide as memory allows.  A program that holds whole groups takes blocks of whole ones; sums
+over s are taken by column first, then over the columns of a group (``by_group``).  A program that walks along
+columns takes each for a group of its own, FOLD = (1, block, block, 1), and a finish finds them APART.  A fifth
+element of an operand's strides says how many neighbours along (m, c) share one of its elements.  Elsewhere a group
+is one column: FOLD = (1, BLOCK_K, BLOCK_K, 1).
 
     resident.py     normalize · grad_normalize: a whole group on chip (or rows, given their sums)
     stream.py       stream: groups that are visited twice, in two launches or in one, in the order of tickets.py

@@ -38,6 +38,9 @@ class Operands(NamedTuple):
     db: Any = None
     p1: Any = None
     p0: Any = None
+    t1: Any = None
+    """Rows whose sum is dw, t0: db."""
+    t0: Any = None
     tickets: Any = None
 
 

@@ -10,6 +10,7 @@ from .tile import (
     group_block,
     group_number,
     group_size,
+    kept_blocks,
     load_at,
     load_shared,
     number_of_groups,
@@ -67,24 +68,32 @@ def merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F: tl.constexpr):
     first element, so that nothing is lost where they are far from 0.
     """
     GROUPS: tl.constexpr = F.FOLD[2]
-    p = tl.arange(0, F.BLOCK_P)[None, None, :]
-    mean = 0.0
-    first = first_elements(o, m, c, mk, F) if F.CENTER and F.APART > 1 else 0.0
-    if F.CENTER:
-        t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
-        for i in range(0, chunks * F.APART, F.BLOCK_P):
-            d = partial_mean(o, i + p, first, m, c, mk & (i + p < chunks * F.APART), n0, F)
-            t += d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
-        mean = total(t, GROUPS) / n
-    t = zeros(GROUPS, 1, F.BLOCK_P, F.ACC)
+    number = chunks * F.APART
     at = group_number(m, c, n0, F)
-    for i in range(0, chunks * F.APART, F.BLOCK_P):
-        mask = mk & (i + p < chunks * F.APART)
-        t += load_shared(o.part_m2, partial_at(i + p, at, number_of_groups(n0, F), F), mask)
+    width = number_of_groups(n0, F)
+    p = tl.arange(0, F.BLOCK_P)[None, None, :]
+    mask = mk & (p < number)
+    # Of a group with no more than BLOCK_P of them all are on their way at once, and read once.
+    m2 = load_shared(o.part_m2, partial_at(p, at, width, F), mask)
+    mean = 0.0
+    if F.CENTER:
+        first = first_elements(o, m, c, mk, F) if F.APART > 1 else 0.0
+        d = partial_mean(o, p, first, m, c, mask, n0, F)
+        size = chunk_size(p // F.APART, chunks_s, steps, n0, F)
+        s1 = d * size
+        for i in range(F.BLOCK_P, number, F.BLOCK_P):
+            e = partial_mean(o, i + p, first, m, c, mk & (i + p < number), n0, F)
+            s1 += e * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
+        mean = total(s1, GROUPS) / n
+        d = tl.where(mask, d - mean, 0.0)
+        m2 += d * d * size
+    for i in range(F.BLOCK_P, number, F.BLOCK_P):
+        mask = mk & (i + p < number)
+        m2 += load_shared(o.part_m2, partial_at(i + p, at, width, F), mask)
         if F.CENTER:
             d = tl.where(mask, partial_mean(o, i + p, first, m, c, mask, n0, F) - mean, 0.0)
-            t += d * d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
-    return mean, total(t, GROUPS)
+            m2 += d * d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
+    return mean, total(m2, GROUPS)
 
 
 @triton.jit
@@ -92,9 +101,9 @@ def finish_groups(o, block, chunks, chunks_s, steps, n0, eps, momentum, F: tl.co
     """mean, rstd and the running statistics of a block of groups from all their chunks."""
     m, c, mk = group_block(block, n0, F)
     n = group_size(n0, F)
+    first = first_elements(o, m, c, mk, F) if F.CENTER else 0.0
     mean, m2 = merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F)
-    if F.CENTER:
-        mean += first_elements(o, m, c, mk, F)
+    mean += first
     keep_moments(o, mean, m2 / n, m, c, mk, n0, eps, momentum, F)
 
 
@@ -122,9 +131,9 @@ def merge_sums(o, chunks, at, mask, columns, K: tl.constexpr, A: tl.constexpr, F
 
 
 @triton.jit
-def merge_group(o, block, chunks, n0, F: tl.constexpr):
+def merge_group(o, block, chunks, n0, F: tl.constexpr, AFFINE: tl.constexpr = True):
     """p1, p0[chunk, m, c, a], w[c, a] -> c1, c0[m, c] = sum over (chunk, a) of w · p / |R|;
-    dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a]) = sum over chunk of p.
+    AFFINE: dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a]) = sum over chunk of p.
 
     F.A: extent of a in p, which may be the columns of a group.
     """
@@ -153,9 +162,9 @@ def merge_group(o, block, chunks, n0, F: tl.constexpr):
             q = offsets((0, at[1], at[2], 0), W, F)
         else:
             q = column
-        if o.dw is not None:
+        if AFFINE and o.dw is not None:
             store(o.dw, q, t1, mask)
-        if o.db is not None:
+        if AFFINE and o.db is not None:
             store(o.db, q, t0, mask)
         if o.c1 is not None:
             if o.w is not None:
@@ -171,32 +180,49 @@ def merge_group(o, block, chunks, n0, F: tl.constexpr):
         tl.store(o.c0 + q, total(c0, GROUPS) / n, mask=mk)
 
 
-@triton.jit(do_not_specialize=["n0", "chunks"])
-def grad_finish(o, n0, chunks, F: tl.constexpr):
-    """merge_group() for each block of groups: one read of the partial results gives c1, c0 and dw, db."""
-    merge_group(o, tl.program_id(0), chunks, n0, F)
+@triton.jit(do_not_specialize=["n0", "chunks", "rows"])
+def grad_finish(o, n0, chunks, rows, F: tl.constexpr):
+    """merge_group() for each block of groups: one read of the partial results gives c1, c0 and dw, db.
+
+    Where there are t1, t0 (`rows` of them) dw and db are the sums of these, which further programs make.
+    """
+    i = tl.program_id(0)
+    if o.t1 is None and o.t0 is None:
+        merge_group(o, i, chunks, n0, F)
+    else:
+        blocks = kept_blocks(n0, F)
+        if i < blocks:
+            merge_group(o, i, chunks, n0, F, False)
+        else:
+            add_rows(o, i - blocks, rows, n0, F)
 
 
 @triton.jit(do_not_specialize=["n0", "rows"])
 def sum_rows(o, n0, rows, F: tl.constexpr):
-    """p1, p0[row, c, a] -> dw, db[c, a] = sum over rows: BLOCK_A columns a program, BLOCK_P rows at a time."""
+    """t1, t0[row, c, a] -> dw, db[c, a]"""
+    add_rows(o, tl.program_id(0), rows, n0, F)
+
+
+@triton.jit
+def add_rows(o, block, rows, n0, F: tl.constexpr):
+    """dw, db[c, a] = sum over rows of t1, t0: BLOCK_A columns a program, BLOCK_S rows at a time."""
     W: tl.constexpr = F.W
-    i = (tl.program_id(0) * F.BLOCK_A + tl.arange(0, F.BLOCK_A))[None, None, :]
+    i = (block * F.BLOCK_A + tl.arange(0, F.BLOCK_A))[None, None, :]
     n_a = extent(2, n0, F)
     columns = extent(1, n0, F) * n_a
     at = offset(i // n_a, W, 1, F) + offset(i % n_a, W, 2, F)
-    t1 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
-    t0 = zeros(1, F.BLOCK_P, F.BLOCK_A, F.ACC)
-    for row in range(0, rows, F.BLOCK_P):
-        j = row + tl.arange(0, F.BLOCK_P)[None, :, None]
+    s1 = zeros(1, F.BLOCK_S, F.BLOCK_A, F.ACC)
+    s0 = zeros(1, F.BLOCK_S, F.BLOCK_A, F.ACC)
+    for row in range(0, rows, F.BLOCK_S):
+        j = row + tl.arange(0, F.BLOCK_S)[None, :, None]
         mask = (j < rows) & (i < columns)
         q = j.to(tl.int64) * columns + i
         if o.dw is not None:
-            t1 += tl.load(o.p1 + q, mask=mask, other=0.0)
+            s1 += tl.load(o.t1 + q, mask=mask, other=0.0)
         if o.db is not None:
-            t0 += tl.load(o.p0 + q, mask=mask, other=0.0)
-    t1, t0 = sums_along(t1, t0, 1, F)
+            s0 += tl.load(o.t0 + q, mask=mask, other=0.0)
+    s1, s0 = sums_along(s1, s0, 1, F)
     if o.dw is not None:
-        store(o.dw, at, t1, i < columns)
+        store(o.dw, at, s1, i < columns)
     if o.db is not None:
-        store(o.db, at, t0, i < columns)
+        store(o.db, at, s0, i < columns)

@@ -122,12 +122,18 @@ def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:
         "PIECES": tile.pieces, "PIECES_A": tile.along_a, "WIDTH_A": tile.width, "WIDTH_S": tile.length,
         # Not of the batch: another one compiles nothing.
         "FULL_K": not batch and tile.columns == tile.k and layout.extent(kept) % tile.k == 0,
-        "FULL_A": 0 if 0 in layout.sizes("a") else tile.full("a", layout.extent("a")),
-        # Of a batch that is averaged over, too: masks cost more than a second compilation.
-        "FULL_S": tile.full("s", layout.extent("s")),
+        "FULL_A": full(layout, tile, "a"), "FULL_S": full(layout, tile, "s"),
         "SHARED_A": not form.W[2],
         **more,
     })  # fmt: skip
+
+
+def full(layout: Layout, tile: Tile, letter: str) -> int:
+    """Tile.full() along a or s; where the batch lies along it, whatever the batch."""
+    if 0 not in layout.sizes(letter):
+        return tile.full(letter, layout.extent(letter))
+    whole = tile.width if letter == "a" else tile.length
+    return tile.pieces if prod(n or 1 for n in layout.sizes(letter)) % whole == 0 else 0
 
 
 def fold(layout: Layout, columns: int, groups: int) -> tuple[int, int, int, int]:
@@ -176,7 +182,9 @@ class Planner:
         n = layout.runs[-1].size
         whole = 0 not in layout.sizes("m" if tile.along_m else "c") and n >= tile.k
         clamp = vector(layout, self.itemsize) if whole and n % tile.k else 0
-        return cut(form, tile, layout, KEPT_FIRST=True, FULL_K=whole, CLAMP_K=clamp)
+        # Whether tiles are whole is asked of the batch, too: masks cost more than a second compilation.
+        full_s = tile.full("s", layout.extent("s"))
+        return cut(form, tile, layout, KEPT_FIRST=True, FULL_K=whole, CLAMP_K=clamp, FULL_S=full_s)
 
     def choose(self) -> Plan:
         """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit.

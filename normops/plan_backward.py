@@ -86,7 +86,7 @@ class _Backward(Planner):
             return self.plan("rows")
         chunks = self.statistics(write=True)
         if self.apart > 1:
-            self.grad_finish(chunks, self.totals(self.n_m == 1, self.n_m), self.n_a, NONE)
+            self.grad_finish(chunks, self.n_a, NONE, self.totals(self.n_m == 1, self.n_m))
         else:
             self.sum_rows(("p1", "p0"), chunks * self.n_m)
         return self.plan("apply")
@@ -148,15 +148,15 @@ class _Backward(Planner):
     def split(self) -> Plan:
         if self.along_rows:
             tile = self.chunk()
-            self.walk(tile, STATISTICS, ("p1", "p0" if self.spec.center else ""))
-            self.grad_finish(cdiv(self.n_a, tile.width), NONE, 1, self.sums())
+            partials, rows = self.walk(tile, STATISTICS, ("p1", "p0" if self.spec.center else ""))
+            self.grad_finish(cdiv(self.n_a, tile.width), 1, self.sums(), partials=partials, rows=rows)
             self.walk(tile, APPLY, self.sums())
             return self.plan("split")
         chunks = self.statistics(write=False)
-        totals = self.totals(self.n_m == 1, self.n_m)
-        self.grad_finish(chunks, totals, self.n_a, self.sums())
-        if self.n_m > 1:
-            self.sum_rows(totals, self.n_m)
+        if self.n_m == 1:
+            self.grad_finish(chunks, self.n_a, self.sums(), self.totals(True, 1))
+        else:
+            self.grad_finish(chunks, self.n_a, self.sums(), partials=self.asked("p1", "p0"), rows=chunks * self.n_m)
         self.apply(self.sums())
         return self.plan("split")
 
@@ -172,8 +172,11 @@ class _Backward(Planner):
         tile = self.limits.grad_tile // fewer
         return schedule.stream(self.base.layout, self.itemsize, self.acc_bytes, tile, 512 // fewer)
 
-    def walk(self, tile: Tile, phase: str, sums: Names) -> None:
-        """grad_normalize; a single part writes dw and db at once.  `sums`: of rows, written (STATISTICS) or given."""
+    def walk(self, tile: Tile, phase: str, sums: Names) -> tuple[Names, int]:
+        """grad_normalize; `sums`: of rows, written (STATISTICS) or given.
+
+        A single part writes dw and db at once.  Several leave rows of them: returned of STATISTICS, else added up here.
+        """
         layout = self.groups.layout
         adds = phase != APPLY or not any(sums)  # given sums come from a launch that has added up dw and db
         count, steps = schedule.parts(layout, tile, self.device, adds and (self.dw or self.db))
@@ -190,8 +193,11 @@ class _Backward(Planner):
         self.launches.append(Launch(
             grad_normalize, blocks * count, operands, (layout.outer, steps), formed, tile.warps,
         ))  # fmt: skip
-        if not direct:
+        if direct:
+            return NONE, 0
+        if phase != STATISTICS:
             self.sum_rows(names, count)
+        return names, count
 
     def streamed_form(self, fewer: int) -> tuple[Layout, Tile, Form]:
         """The layout that a launch for each visit walks through, its tile, and the form of such a launch."""
@@ -227,8 +233,11 @@ class _Backward(Planner):
         """Columns of a group that share their parameters and whose sums are kept apart all the same."""
         return self.columns.layout.fold if self.columns is not None and self.columns.layout.shared else 1
 
-    def grad_finish(self, chunks: int, totals: Names, wide: int, sums: Names) -> None:
-        """c1 and c0; and where partials are kept apart along a, dw and db (of every m, if there are several)."""
+    def grad_finish(
+        self, chunks: int, wide: int, sums: Names, totals: Names = NONE, partials: Names = NONE, rows: int = 0
+    ) -> None:
+        """c1 and c0; and where partials are kept apart along a, dw and db: of every m (`totals`), or as the sums of so
+        many rows of `partials`."""
         layout = self.base.layout
         along_m = schedule.along_m(layout)
         if self.columns is None:
@@ -236,17 +245,27 @@ class _Backward(Planner):
             warps = 4
         else:
             block_k, block_a, block_p = schedule.column_finish_tile(chunks * self.apart, wide)
-            warps = schedule.warps(block_k * block_a * block_p, 256)
-        p0 = "p0" if self.spec.center or totals[1] else ""
+            warps = schedule.warps(block_k * block_a * block_p, 256, 8)
         formed = self.merging._replace(
             A=wide, DIRECT=self.n_m == 1, ALONG_M=along_m, FOLD=fold(layout, block_k, block_k), MERGE_A=block_a,
             BLOCK_P=block_p, APART=self.apart,
         )  # fmt: skip
+        programs = kept_blocks(layout, along_m, block_k)
+        p0 = "p0" if self.spec.center or totals[1] else ""
+        affine = named(dw=totals[0], db=totals[1])
+        if any(partials):
+            across, formed = self.adding(formed, rows)
+            programs += across
+            affine = named(t1=partials[0], t0=partials[1]) | alike(*self.asked("dw", "db"))
         self.launches.append(Launch(
-            grad_finish, kept_blocks(layout, along_m, block_k),
-            alike("p1", p0, "" if self.along_rows else "w", *sums) | named(dw=totals[0], db=totals[1]),
-            (layout.outer, chunks), formed, warps,
+            grad_finish, programs, alike("p1", p0, "" if self.along_rows else "w", *sums) | affine,
+            (layout.outer, chunks, rows), formed, warps,
         ))  # fmt: skip
+
+    def adding(self, form: Form, rows: int) -> tuple[int, Form]:
+        """Programs that add up so many rows of partial dw and db, and their form."""
+        block_s, block_a = schedule.sum_rows_tile(self.sums_wide, rows)
+        return cdiv(self.sums_wide, block_a), form._replace(BLOCK_S=block_s, BLOCK_A=block_a)
 
     @property
     def merging(self) -> Form:
@@ -256,11 +275,10 @@ class _Backward(Planner):
     def sum_rows(self, partials: Names, rows: int) -> None:
         if not any(partials):
             return
-        block_p, block_a = schedule.sum_rows_tile(self.sums_wide, rows)
+        programs, formed = self.adding(self.merging, rows)
         self.launches.append(Launch(
-            sum_rows, cdiv(self.sums_wide, block_a),
-            named(p1=partials[0], p0=partials[1]) | alike(*self.asked("dw", "db")), (self.base.layout.outer, rows),
-            self.merging._replace(BLOCK_P=block_p, BLOCK_A=block_a), 4,
+            sum_rows, programs, named(t1=partials[0], t0=partials[1]) | alike(*self.asked("dw", "db")),
+            (self.base.layout.outer, rows), formed, 4,
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:

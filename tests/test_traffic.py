@@ -60,8 +60,18 @@ FIRST: dict[Norm, Callable[[Tensor], Tensor]] = {
 """The first element of each group, about which sums are taken: it is read beside its tile, by each of its programs."""
 
 
-def check_reads(t: Traffic, name: str, x: Tensor, norm: Norm, times: int) -> None:
-    """Each element was read so many times, but for the first ones of groups, which were read more often."""
+def check_reads(t: Traffic, name: str, x: Tensor, norm: Norm, times: int, planned: Planned) -> None:
+    """Each element was read so many times, but for the first ones of groups, which were read more often; of columns
+    those of a block that overlaps another, and the first of each column, by walks and by the finish."""
+    statistics, finish, apply = planned.plan.launches
+    layout = planned.plan.streamed
+    if not layout.runs[-1].reduced:
+        blocks = -(-layout.runs[-1].size // statistics.form.BLOCK_K)
+        overlap = (blocks * statistics.form.BLOCK_K - layout.runs[-1].size) * layout.numel // layout.runs[-1].size
+        beside = statistics.grid * statistics.form.BLOCK_K + dict(planned.plan.scratch)["part_m2"] + 2 * layout.groups
+        again = (times * overlap + beside) * x.element_size()
+        assert times * x.nbytes < t.loads[name] <= times * x.nbytes + again
+        return
     firsts = FIRST[norm](x)
     begins = [firsts[i].data_ptr() for i in product(*map(range, firsts.shape))]
     read = [t.bytes_in(begin, begin + x.element_size())[0] for begin in begins]
@@ -93,6 +103,8 @@ CASES = [
 TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "rows": 2, "ahead": 0,
            "line_bytes": 16}  # fmt: skip
 SPLIT = {"engine": "split", "tile": 64, "grad_tile": 64}
+# Columns are never visited in a launch of tickets: channels_last, and the odd planes of this BatchNorm.
+TICKETED = [case for case in CASES if case.values[0] is not batch_norm and case.values[2] is CONTIGUOUS]
 
 
 def tensor(fmt: torch.memory_format = CONTIGUOUS, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -137,9 +149,9 @@ def test_a_split_group_is_read_twice(norm: Norm, axis: int, fmt: Any, affine: bo
     x, dy = tensor(fmt).requires_grad_(), tensor(fmt)
     w, b = parameters(axis, affine)
     with schedule.forced(**SPLIT):
-        with traffic(x=x) as t:
+        with traffic(x=x) as t, plans() as planned:
             y = norm(x, w, b)
-        check_reads(t, "x", x, norm, 2)
+        check_reads(t, "x", x, norm, 2, planned[0])
         assert t.stores["x"] == 0 and t.bytes_of(y) == (0, y.nbytes)
         assert (t.launches, t.atomics) == (3, 0)
         with traffic(x=x, dy=dy) as t:
@@ -151,7 +163,7 @@ def test_a_split_group_is_read_twice(norm: Norm, axis: int, fmt: Any, affine: bo
 
 
 @pytest.mark.parametrize("affine", [False, True], ids=["plain", "affine"])
-@pytest.mark.parametrize(("norm", "axis", "fmt"), CASES)
+@pytest.mark.parametrize(("norm", "axis", "fmt"), TICKETED)
 def test_a_ticketed_group_is_read_again_inside_its_window(norm: Norm, axis: int, fmt: Any, affine: bool) -> None:
     """One launch (and a finish of dw and db); the second read comes no later than the plan says.  Backward, rows are
     split where parameters run along them."""
@@ -181,16 +193,14 @@ def test_a_ticketed_group_is_read_again_inside_its_window(norm: Norm, axis: int,
 
 def test_the_window_is_what_goes_by_between_two_reads() -> None:
     """Many units, whole tiles: the plan's figure is the interpreter's to the byte, far below the size of x."""
-    x = torch.randn(8, 16, 16, 16)
-    for fmt in (CONTIGUOUS, CHANNELS_LAST):
-        leaf = x.contiguous(memory_format=fmt).requires_grad_()
-        with schedule.forced(engine="ticketed", **TICKETS | {"ticket_tile": 512, "grad_ticket_tile": 256}):
-            with plans() as planned, traffic(x=leaf) as t:
-                y = batch_norm(leaf, None, None)
-            with plans() as back, traffic(x=leaf) as g:
-                torch.autograd.grad(y, leaf, torch.randn_like(x).contiguous(memory_format=fmt))
-        for (call,), distance, streams in ((planned, t.reuse_distance(leaf), 1), (back, g.reuse_distance(leaf), 2)):
-            assert streams * distance == cost.hbm(call.plan, call.itemsizes, 2**40).window < streams * leaf.nbytes / 2
+    x = torch.randn(8, 16, 16, 16).requires_grad_()
+    with schedule.forced(engine="ticketed", **TICKETS | {"ticket_tile": 512, "grad_ticket_tile": 256}):
+        with plans() as planned, traffic(x=x) as t:
+            y = batch_norm(x, None, None)
+        with plans() as back, traffic(x=x) as g:
+            torch.autograd.grad(y, x, torch.randn_like(x))
+    for (call,), distance, streams in ((planned, t.reuse_distance(x), 1), (back, g.reuse_distance(x), 2)):
+        assert streams * distance == cost.hbm(call.plan, call.itemsizes, 2**40).window < streams * x.nbytes / 2
 
 
 @pytest.mark.parametrize(("norm", "axis", "fmt"), CASES)
@@ -199,11 +209,11 @@ def test_pre_add_is_read_once_and_the_sum_written_once(norm: Norm, axis: int, fm
     x, pre, dy, dsum = tensor(fmt).requires_grad_(), tensor(fmt), tensor(fmt), tensor(fmt)
     w, b = parameters(axis)
     with schedule.forced(**SPLIT) if split else nullcontext():
-        with traffic(x=x, pre=pre) as t:
+        with traffic(x=x, pre=pre) as t, plans() as planned:
             y, total = norm(x, w, b, pre_add=pre)
         if split:
-            check_reads(t, "x", x, norm, 1)
-            check_reads(t, "pre", pre, norm, 1)
+            check_reads(t, "x", x, norm, 1, planned[0])
+            check_reads(t, "pre", pre, norm, 1, planned[0])
         else:
             assert (t.loads["x"], t.loads["pre"]) == (x.nbytes, pre.nbytes)
         assert t.bytes_of(total) == (total.nbytes if split else 0, total.nbytes)

@@ -280,11 +280,13 @@ def _grad_apply(call: Counted) -> None:
 
 def _merge_moments(call: Counted, chunks: int, again: bool = False) -> None:
     partials = call.groups * chunks * call["APART"]
+    # The first BLOCK_P of a group are kept until its mean is known.
+    further = call.groups * max(0, chunks * call["APART"] - call["BLOCK_P"])
     if call["CENTER"]:
-        call.load("part_mean", 2 * partials, again)
+        call.load("part_mean", partials + further, again)
     call.load("part_m2", partials, again)
     if call["APART"] > 1:  # those of groups, and of columns
-        _first_elements(call, call.groups + 2 * partials)
+        _first_elements(call, call.groups + partials + further)
 
 
 def _finish(call: Counted) -> None:
@@ -293,7 +295,7 @@ def _finish(call: Counted) -> None:
     _keep_moments(call)
 
 
-def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False) -> None:
+def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False, affine: bool = True) -> None:
     """`blocks`: of groups."""
     columns, partials = call.groups * call["A"], call.groups * call["A"] * call["APART"] * chunks
     tiles = _Tiles(_Axis(call.groups, blocks, call.group_lanes), _Axis(call["A"], 1, call["A"]), _Axis(1, 1, 1))
@@ -301,12 +303,17 @@ def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False) -
         call.load(p, partials, again)
         call.store(c, call.groups)
     call.affine(tiles, "w")
-    for pointer in ("dw", "db"):
-        call.store(pointer, columns)
+    if affine:
+        for pointer in ("dw", "db"):
+            call.store(pointer, columns)
 
 
 def _grad_finish(call: Counted) -> None:
-    _merge_group(call, call["chunks"], call.grid)
+    rows = call.has("t1") or call.has("t0")
+    blocks = call.grid - (cdiv(call.columns, call["BLOCK_A"]) if rows else 0)
+    _merge_group(call, call["chunks"], blocks, affine=not rows)
+    if rows:
+        _sum_rows(call)
 
 
 def _words(call: Counted, tiles: int, units: int) -> None:
@@ -377,9 +384,9 @@ def _grad_paired(call: Counted) -> None:
 
 
 def _sum_rows(call: Counted) -> None:
-    for p, d in (("p1", "dw"), ("p0", "db")):
+    for t, d in (("t1", "dw"), ("t0", "db")):
         if call.has(d):
-            call.load(p, call["rows"] * call.columns)
+            call.load(t, call["rows"] * call.columns)
             call.store(d, call.columns)
 
 
