@@ -10,11 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
-from normops import schedule
 from normops.kernels.norm import first_elements
 from normops.plan import Launch
 from normops.testing import Demand, Hardware, Time, VirtualLaunch, cost
 from normops.testing.explain import direction, phase_of
+from normops.tile import vector
 
 SCHEMA = 2
 OVER_FLOOR, IDLE, LARGE = 1.05, 0.1, 4e6
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 def allowed_bits(layout: Any, itemsize: int) -> int:
     """The widest access that every tile of x allows: what the innermost run in memory, and steps to its next piece,
     divide by, up to 128 bits."""
-    return 8 * itemsize * schedule.vector(layout, itemsize)
+    return 8 * itemsize * vector(layout, itemsize)
 
 
 def wide_share(accesses: Mapping[tuple[str, int], int], kind: str) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 from normops import schedule
 from normops.launch import Step
 from normops.plan import Plan
+from normops.tile import sideways
 
 from . import providers
 from .device import Cuda
@@ -82,7 +83,7 @@ def needs(task: Task, inputs: providers.Inputs) -> dict[str, Row]:
                 break
     layout = plans(task, inputs, {})["forward"].layout
     rows = layout.extent("s") == 1 and layout.extent("a") > 1
-    fields = {"forward": "forward_sideways" if schedule.sideways(layout) else "forward",
+    fields = {"forward": "forward_sideways" if sideways(layout) else "forward",
               "backward": "backward_affine" if rows else "backward"}  # fmt: skip
     for row in found.values():
         if row["need"] is not None and row["need"] < layout.group:  # whole rows in pieces, whatever the limit

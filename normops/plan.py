@@ -12,8 +12,9 @@ import triton.language as tl
 
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
-from .schedule import Device, Limits, Tile, vector
+from .schedule import Device, Limits
 from .ticketing import Tickets
+from .tile import Tile, vector
 from .views import Shapes, View
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

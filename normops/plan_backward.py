@@ -11,8 +11,9 @@ from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
 from .layout import Layout
 from .plan import Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
-from .schedule import Device, Limits, Tile
+from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
+from .tile import Tile, along_m, in_rows, next_power_of_2, sideways
 from .views import Shapes, View
 
 Needs = tuple[bool, bool, bool, bool]
@@ -96,7 +97,7 @@ class _Backward(Planner):
     def resident_tile(self) -> Tile | None:
         limits, layout = self.limits, self.groups.layout
         affine = self.along_rows and (self.dw or self.db)
-        if affine and schedule.in_rows(layout):
+        if affine and in_rows(layout):
             return schedule.rows(layout, self.itemsize, self.acc_bytes, 32, 8)
         limit = limits.backward_affine if affine else limits.backward
         # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
@@ -117,7 +118,7 @@ class _Backward(Planner):
         fewer = 2 if (self.activated and self.n_a > 1) or again > 2 else 1
         # Masks along s, columns side by side, or a third stream: half as many elements a thread, or some spill.
         layout = self.tiled.layout
-        masked = 0 in layout.sizes("s") or schedule.sideways(self.base.layout) or again > 2
+        masked = 0 in layout.sizes("s") or sideways(self.base.layout) or again > 2
         return ticketed(
             layout, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer,
             self.limits.grad_ticket_warp // (2 if masked else 1), self.limits.rows, self.limits, self.device,
@@ -131,7 +132,7 @@ class _Backward(Planner):
         chunks = tickets.chunks_s if self.plane_tile is None else tickets.tiles
         layout = self.tiled.layout
         self.take(("p1", p0), chunks * self.base.layout.groups * self.n_a)
-        merge_a = min(32, schedule.next_power_of_2(self.n_a))
+        merge_a = min(32, next_power_of_2(self.n_a))
         formed = self.form(self.tiled)._replace(
             CLAMP_A=self.plane_tile is not None, A=self.n_a, DIRECT=direct, MERGE_A=merge_a,
             BLOCK_P=max(8, tickets.merge_p // merge_a),
@@ -164,7 +165,7 @@ class _Backward(Planner):
 
     def chunk(self) -> Tile:
         """A tile of long rows: one warp owns a chunk of columns, so that their sums need no barrier."""
-        if schedule.in_rows(self.base.layout):
+        if in_rows(self.base.layout):
             return schedule.row_chunk(self.base.layout, self.itemsize)
         return self.stream()
 
@@ -239,7 +240,7 @@ class _Backward(Planner):
         """c1 and c0; and where partials are kept apart along a, dw and db: of every m (`totals`), or as the sums of so
         many rows of `partials`."""
         layout = self.base.layout
-        along_m = schedule.along_m(layout)
+        m = along_m(layout)
         if self.columns is None:
             block_k, block_a, block_p = schedule.finish_group_tile(kept_first(layout), wide)
             warps = 4
@@ -247,10 +248,10 @@ class _Backward(Planner):
             block_k, block_a, block_p = schedule.column_finish_tile(chunks * self.apart, wide)
             warps = schedule.warps(block_k * block_a * block_p, 256, 8)
         formed = self.merging._replace(
-            A=wide, DIRECT=self.n_m == 1, ALONG_M=along_m, FOLD=fold(layout, block_k, block_k), MERGE_A=block_a,
+            A=wide, DIRECT=self.n_m == 1, ALONG_M=m, FOLD=fold(layout, block_k, block_k), MERGE_A=block_a,
             BLOCK_P=block_p, APART=self.apart,
         )  # fmt: skip
-        programs = kept_blocks(layout, along_m, block_k)
+        programs = kept_blocks(layout, m, block_k)
         p0 = "p0" if self.spec.center or totals[1] else ""
         affine = named(dw=totals[0], db=totals[1])
         if any(partials):

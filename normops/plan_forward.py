@@ -13,8 +13,9 @@ from .kernels.resident import normalize
 from .kernels.stream import stream
 from .layout import Layout
 from .plan import Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
-from .schedule import Device, Limits, Tile
+from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
+from .tile import Tile, in_rows, next_power_of_2, sideways
 from .views import Shapes, View
 
 READS = ("x", "pre", "sum")
@@ -54,13 +55,13 @@ class _Forward(Planner):
         extra = self.shapes.has("POST")
         n = layout.group
         # Pieces leave no lane idle; where a power of two is less than an eighth too long, one block loads sooner.
-        if schedule.in_rows(layout) and 8 * schedule.next_power_of_2(n) > 9 * n:
+        if in_rows(layout) and 8 * next_power_of_2(n) > 9 * n:
             tile = schedule.rows(layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
             if tile is not None:
                 return tile
         # x as it came takes a register an element in fp32, half of one in bf16.
         limit = limits.forward // 2 if self.itemsize == 4 else limits.forward
-        if schedule.sideways(layout):
+        if sideways(layout):
             limit = limits.forward_sideways
         return schedule.whole_groups(layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra, 16)
 
@@ -80,10 +81,10 @@ class _Forward(Planner):
         # Parameters that run across the vectors of x are spread anew, and held in full.
         across = self.base.layout.letters[-1:] == "a" and self.base.layout.extent("s") > 1
         # Columns side by side need more registers a lane, and more lanes that merge them.
-        sideways = schedule.sideways(self.base.layout)
+        beside = sideways(self.base.layout)
         return ticketed(
             self.tiled.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // (2 if across else 1),
-            self.limits.ticket_warp // (2 if sideways else 1), self.limits.rows, self.limits, self.device,
+            self.limits.ticket_warp // (2 if beside else 1), self.limits.rows, self.limits, self.device,
             self.plane_tile,
         )  # fmt: skip
 
@@ -127,7 +128,7 @@ class _Forward(Planner):
         finished = cut(
             read, tile, layout, FOLD=fold(layout, block_k * layout.fold, block_k), BLOCK_P=block_p, APART=layout.fold
         )
-        return self.visits(layout, tile, steps, formed, finished, schedule.warps(block_k * block_p, 256))
+        return self.visits(layout, tile, steps, formed, finished, schedule.warps(block_k * block_p, 512))
 
     def reading(self, view: View) -> Form:
         """The form of launches that read x and make no y of it."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from .layout import Layout
-from .schedule import Device, Limits, Tile, kept_bound, line_groups, next_power_of_2, stream, vector
+from .schedule import Device, Limits, line_groups, stream
+from .tile import Tile, kept_bound, next_power_of_2, vector
 
 FIRST_STATE = 32
 """Where the states of units begin, as in kernels/tickets.py."""

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from .kernels.bundles import ABSENT
 from .layout import Layout, coalesce
-from .schedule import Tile, column_blocks, plane_tile, vector
+from .schedule import column_blocks, plane_tile
+from .tile import Tile, vector
 
 
 class View(NamedTuple):

@@ -11,7 +11,8 @@ import pytest
 from normops import schedule, ticketing
 from normops.kernels import tickets
 from normops.layout import Layout, coalesce, dense_strides, split
-from normops.schedule import A100, B200, H200, KNOWN, Device, Tile
+from normops.schedule import A100, B200, H200, KNOWN, Device
+from normops.tile import Tile, along_m, next_power_of_2, vector
 
 DEVICES = (A100, H200, B200)
 SIZES = [(2, 4), (4, 4), (8, 8)]  # bytes of an element, of an accumulator
@@ -104,7 +105,7 @@ def test_whole_groups_cover_the_group_within_the_limit(found: Layout) -> None:
             assert tile.a >= found.extent("a") and tile.s >= found.extent("s")
             assert tile.a < 2 * found.extent("a") and tile.s < 2 * found.extent("s")
             assert tile.elements * acc <= max(limit, pack) * 4
-            assert tile.along_m == schedule.along_m(found)
+            assert tile.along_m == along_m(found)
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -131,7 +132,7 @@ def test_streams_stay_within_their_size(found: Layout) -> None:
         check_tile(tile)
         assert tile.elements * acc <= elements * 4
         assert tile.a < 2 * found.extent("a") and tile.s < 2 * found.extent("s")
-        assert tile.along_m == schedule.along_m(found)
+        assert tile.along_m == along_m(found)
 
 
 @pytest.mark.parametrize("found", LAYOUTS)
@@ -194,7 +195,7 @@ def test_forced_splits_every_group() -> None:
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 1023, 1024, 1025, 1 << 40])
 def test_next_power_of_2(n: int) -> None:
-    found = schedule.next_power_of_2(n)
+    found = next_power_of_2(n)
     assert power_of_two(found) and found >= n and (found == 1 or found // 2 < n)
 
 
@@ -208,9 +209,9 @@ def test_parameters_do_not_narrow_a_tile() -> None:
     """The weight of a BatchNorm has stride 1 along channels; the width of an access to x is not its business."""
     x, w = (3136 * 64, 3136, 56, 1), (0, 1, 0, 0)
     layout = coalesce((32, 64, 56, 56), (x, x, w), (0, 2, 3), (1,))
-    assert schedule.vector(layout, 2) == 8
+    assert vector(layout, 2) == 8
     odd = coalesce((32, 64, 7, 7), ((49 * 64, 49, 7, 1),), (0, 2, 3), (1,))
-    assert schedule.vector(odd, 2) == 1
+    assert vector(odd, 2) == 1
 
 
 @pytest.mark.parametrize(("name", "value"), [

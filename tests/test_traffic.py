@@ -63,7 +63,7 @@ FIRST: dict[Norm, Callable[[Tensor], Tensor]] = {
 def check_reads(t: Traffic, name: str, x: Tensor, norm: Norm, times: int, planned: Planned) -> None:
     """Each element was read so many times, but for the first ones of groups, which were read more often; of columns
     those of a block that overlaps another, and the first of each column, by walks and by the finish."""
-    statistics, finish, apply = planned.plan.launches
+    statistics, _, _ = planned.plan.launches
     layout = planned.plan.streamed
     if not layout.runs[-1].reduced:
         blocks = -(-layout.runs[-1].size // statistics.form.BLOCK_K)
