@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .activations import activation, activation_grad
 from .elements import where_negative, widen
-from .sums import by_group, plus, sums_along, total, totals
+from .sums import by_group, plus, sums_along, tile_total, totals
 from .tile import (
     ANY,
     both,
@@ -119,9 +119,9 @@ def moments(v, t, n, first, F: tl.constexpr):
     s1, s2 = add_moments(None, None, v, t, 0.0 if F.BLOCK_K > 1 else first, F)
     if not F.CENTER:
         mean = 0.0
-        m2 = by_group(total(s2, F.BLOCK_K), F)
+        m2 = by_group(tile_total(s2, F), F)
     elif F.BLOCK_K > 1:
-        near = by_group(total(s1, F.BLOCK_K), F) / n
+        near = by_group(tile_total(s1, F), F) / n
         s1, s2 = add_moments(None, None, v, t, near, F)
         s1, s2 = totals(s1, s2, F)
         s1 = by_group(s1, F)
@@ -185,17 +185,39 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     POST: tl.constexpr = F.POST
     Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
+    # Of columns all are loaded first: they are a number or two a lane, and behind a store would wait for it.
+    ALL: tl.constexpr = F.KEPT_FIRST and F.PIECES_A
+    if ALL:
+        ws = load_parameters(o.w, t, 1.0, F)
+        bs = load_parameters(o.b, t, 0.0, F)
     for p in tl.static_range(PIECES):
-        if p == 0 or F.PIECES_A:  # along s all pieces have the same
+        if ALL:
+            scale = rstd * ws[p]
+            b = bs[p]
+        elif p == 0 or F.PIECES_A:  # along s all pieces have the same
             scale = rstd if o.w is None else rstd * load_parameter(o.w, t, p, F)
-            if o.b is not None:
-                b = load_parameter(o.b, t, p, F)
+            b = 0.0 if o.b is None else load_parameter(o.b, t, p, F)
         z = (widen(v[p], F) - mean) * scale
         if o.b is not None:
             z = z + b
         if o.post is not None:
             z += widen(load(o.post, t, p, POST, F), F)
         save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
+
+
+@triton.jit
+def load_parameters(ptr, t, NONE: tl.constexpr, F: tl.constexpr):
+    """w or b of each piece; NONE where there is none."""
+    PIECES: tl.constexpr = F.PIECES
+    v = ()
+    for p in tl.static_range(PIECES):
+        if ptr is None:
+            v = v + (NONE,)
+        elif p == 0 or F.PIECES_A:  # along s all pieces have the same
+            v = v + (load_parameter(ptr, t, p, F),)
+        else:
+            v = v + (v[0],)
+    return v
 
 
 # --------------------------------------------------------------------------------------------------------- backward
@@ -212,15 +234,8 @@ def saved_statistics(o, t, F: tl.constexpr):
 @triton.jit
 def parameters(o, t, F: tl.constexpr):
     """w and b of each piece, 1 and 0 where there are none; b only where an activation's derivative asks for it."""
-    PIECES: tl.constexpr = F.PIECES
-    w = ()
-    b = ()
-    for p in tl.static_range(PIECES):
-        if p == 0 or F.PIECES_A:  # along s all pieces have the same
-            wp = load_parameter(o.w, t, p, F) if o.w is not None else 1.0
-            bp = load_parameter(o.b, t, p, F) if o.b is not None and F.ACT != "identity" else 0.0
-        w = w + (wp,)
-        b = b + (bp,)
+    w = load_parameters(o.w, t, 1.0, F)
+    b = load_parameters(o.b if F.ACT != "identity" else None, t, 0.0, F)
     return w, b
 
 
@@ -311,7 +326,7 @@ def group_sums(t1, t0, F: tl.constexpr):
     if F.CENTER:
         t1, t0 = totals(t1, t0, F)
     else:
-        t1 = total(t1, F.BLOCK_K)
+        t1 = tile_total(t1, F)
     if PER_SUM == 1:
         t1 = by_group(t1, F)
         if F.CENTER:

@@ -22,7 +22,7 @@ from .norm import (
     reciprocal_root,
     write_output,
 )
-from .sums import sum_along, total, totals
+from .sums import tile_total, totals
 from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
 from .tile import (
     ANY,
@@ -120,7 +120,7 @@ def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
         for i in range(1, tiles_of(chunk_s, steps, n0, F)):
             u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
             _, d2 = add_moments(None, d2, read_input(o, u, F), u, 0.0, F)
-        m2 = total(d2, F.BLOCK_K)
+        m2 = tile_total(d2, F)
     tl.store(o.part_m2 + at, m2, mask=t.mk)
 
 
@@ -142,7 +142,7 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
     shift = first
     if GROUPS >= 16:
         d1, _ = add_moments(None, None, v, t, 0.0, F)
-        shift = sum_along(sum_along(d1, 2, F), 1, F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
+        shift = tile_total(d1, F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
     s1, s2 = chunk_sums(o, v, t, shift, block_a, chunk_s, steps, n0, F)
     mean = s1 / n
     m2 = tl.maximum(s2 - s1 * mean, 0.0)

@@ -53,8 +53,8 @@ def total(v, K: tl.constexpr):
 @triton.jit
 def sum_along(v, AXIS: tl.constexpr, F: tl.constexpr):
     """Sum over an axis of a tile."""
-    if F.KEPT_FIRST and AXIS == 2 and F.BLOCK_A == 1 and F.BLOCK_K > 1:
-        v = along_columns(v, F.BLOCK_K, F.BLOCK_S)
+    if F.KEPT_FIRST and F.BLOCK_K > 1 and (F.BLOCK_S if AXIS == 1 else F.BLOCK_A) == 1:
+        v = along_columns(v, F.BLOCK_K, F.BLOCK_A if AXIS == 1 else F.BLOCK_S)
     else:
         v = tl.sum(v, AXIS, keep_dims=True)
     return v
@@ -63,7 +63,7 @@ def sum_along(v, AXIS: tl.constexpr, F: tl.constexpr):
 @triton.jit
 def sums_along(v, u, AXIS: tl.constexpr, F: tl.constexpr):
     """Sums of both along an axis: one round of shuffles and barriers for two."""
-    if F.PTX and not (F.KEPT_FIRST and F.BLOCK_A == 1):
+    if F.PTX and not (F.KEPT_FIRST and (F.BLOCK_S if AXIS == 1 else F.BLOCK_A) == 1):
         v, u = tl.reduce((v, u), AXIS, add_pairs, keep_dims=True)
     else:
         v = sum_along(v, AXIS, F)
@@ -72,10 +72,24 @@ def sums_along(v, u, AXIS: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def tile_total(v, F: tl.constexpr):
+    """total() of a tile."""
+    if F.BLOCK_K == 1:
+        v = tl.sum(v)
+    else:
+        if F.BLOCK_S > 1:
+            v = sum_along(v, 2, F)
+        if F.BLOCK_A > 1:
+            v = sum_along(v, 1, F)
+    return v
+
+
+@triton.jit
 def totals(v, u, F: tl.constexpr):
-    """total() of two tiles."""
+    """tile_total() of two tiles."""
     if F.BLOCK_K > 1:
-        v, u = sums_along(v, u, 2, F)
+        if F.BLOCK_S > 1:
+            v, u = sums_along(v, u, 2, F)
         if F.BLOCK_A > 1:
             v, u = sums_along(v, u, 1, F)
     elif F.PTX:

@@ -59,6 +59,9 @@ class _Forward(Planner):
             tile = schedule.rows(layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
             if tile is not None:
                 return tile
+        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8)
+        if tile is not None:
+            return tile
         # x as it came takes a register an element in fp32, half of one in bf16.
         limit = limits.forward // 2 if self.itemsize == 4 else limits.forward
         if sideways(layout):
@@ -69,7 +72,7 @@ class _Forward(Planner):
         layout = self.groups.layout
         launch = Launch(
             normalize, kept_blocks(layout, tile.along_m, tile.columns), alike(*READS, *OUT, *RESULTS),
-            (layout.outer, "eps", "momentum"), cut(self.form(self.groups), tile, layout), tile.warps,
+            (layout.outer, "eps", "momentum"), cut(self.form(self.groups), tile, layout, KEPT_FIRST=kept_first(layout)), tile.warps,
         )  # fmt: skip
         return self.plan("resident", (launch,))
 

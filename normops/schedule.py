@@ -344,6 +344,25 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     return Tile(True, k, a, 1, k * across, pieces=-(-n // a), along_a=True)
 
 
+def column_groups(layout: Layout, itemsize: int, acc_bytes: int, most: int) -> Tile | None:
+    """A tile of whole groups that are columns, whose parameters run along them: a line of memory wide, in pieces of
+    16 bytes a lane along a, at most so many; None where they are longer, or narrower accesses are all that memory
+    allows."""
+    lane = vector(layout, itemsize)
+    if layout.letters[-2:] not in ("am", "ac") or layout.extent("s") > 1 or acc_bytes > 4 or lane * itemsize < 8:
+        return None
+    k = max(lane, limits().line_bytes // itemsize)
+    n = layout.extent("a")
+    warps = 4
+    if -(-n // (32 * lane * warps // k)) > most:
+        k = max(lane, k // 2)  # half a line of each row
+    while warps < 16 and -(-n // (32 * lane * warps // k)) > most:
+        warps *= 2
+    a = 32 * lane * warps // k
+    pieces = -(-n // a)
+    return Tile(along_m(layout), k, a, 1, warps, pieces=pieces, along_a=True) if pieces <= 2 * most else None
+
+
 def row_chunk(layout: Layout, itemsize: int) -> Tile:
     """A tile of rows too long for one program: 16 bytes a lane of one warp, of four rows."""
     return Tile(True, min(4, kept_bound(layout, "m")), 32 * 16 // itemsize, 1, 1)
