@@ -70,9 +70,10 @@ class _Forward(Planner):
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout
+        formed = cut(self.form(self.groups), tile, layout, KEPT_FIRST=tile.along_a and kept_first(layout))
         launch = Launch(
             normalize, kept_blocks(layout, tile.along_m, tile.columns), alike(*READS, *OUT, *RESULTS),
-            (layout.outer, "eps", "momentum"), cut(self.form(self.groups), tile, layout, KEPT_FIRST=kept_first(layout)), tile.warps,
+            (layout.outer, "eps", "momentum"), formed, tile.warps,
         )  # fmt: skip
         return self.plan("resident", (launch,))
 
