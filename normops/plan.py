@@ -169,6 +169,13 @@ class Planner:
     def streamed(self) -> Layout:
         return (self.columns or self.groups).layout
 
+    @property
+    def small(self) -> bool:
+        """Whether x fits the window of L2; never said of rows, whose bits no batch may decide."""
+        layout = self.base.layout
+        images = bool(layout.runs_of("c")) or layout.batch in ("a", "s")
+        return images and layout.numel * self.itemsize <= (self.limits.window or self.device.window)
+
     def form(self, view: View) -> Form:
         """What is known of every launch over a view, whatever its tile."""
         return Form(
@@ -190,13 +197,15 @@ class Planner:
     def choose(self) -> Plan:
         """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit.
 
-        Columns are visited in launches of their own: in one, a tile would have to form groups of them.
+        Columns are visited in launches of their own: in one, a tile would have to form groups of them.  So are small
+        calls: what statistics have read is in L2 all the same, and nobody waits for a unit.
         """
         engine = self.limits.engine
         tile = self.resident_tile() if engine in ("", "resident") else None
         if tile is not None:
             return self.resident(tile)
-        tickets = self.tickets() if engine in ("", "ticketed") and self.columns is None else None
+        ticketed = self.columns is None and (engine == "ticketed" or (not engine and not self.small))
+        tickets = self.tickets() if ticketed else None
         return self.split() if tickets is None else self.ticketed(tickets)
 
     def resident_tile(self) -> Tile | None:
