@@ -93,8 +93,8 @@ class Form(NamedTuple):
     """Whether a is averaged over as s is: no parameter runs along it.  A tile of planes has two axes of s so."""
     PHASE: Any = BOTH
     KEPT_FIRST: Any = False
-    """Whether kept coordinates are the innermost in memory: the grid is counted along them first, and sums pass from lane
-    to lane across them (see along_columns())."""
+    """Whether kept coordinates are the innermost in memory: the grid is counted along them first, and sums pass across
+    them from lane to lane (see along_columns())."""
     FROM_VAR: Any = False
     """Whether rstd points to variances."""
     DIRECT: Any = False
