@@ -77,12 +77,14 @@ def paired(o, n0, lead, F: tl.constexpr):
     t, unit, block_a, chunk_s = numbered_tile(tile, 1, n0, F)
     u, unit_u, _, _ = numbered_tile(applied, 1, n0, F)
 
-    # Both tiles are on their way before either is used, see stream.paired().
+    # Both tiles are asked for before either is used, see stream.paired(); ptxas may move loads of the first behind the
+    # branch.  What are numbers are loaded here too, or they would be one more round after the wait.
+    NUMBERS: tl.constexpr = F.BLOCK_K == 1 and F.SHARED_A
     streams = read_gradient(o, t, F, EVICT_LAST)
     again = read_gradient(o, u, F, EVICT_FIRST)
     mean, rstd = saved_statistics(o, t, F)
     w, b = parameters(o, t, F)
-    if F.BLOCK_K == 1 and F.SHARED_A:  # numbers
+    if NUMBERS:
         mean_u, rstd_u = saved_statistics(o, u, F)
         w_u, b_u = parameters(o, u, F)
     if begins:
@@ -105,7 +107,7 @@ def paired(o, n0, lead, F: tl.constexpr):
     if applies:
         state = o.tickets + FIRST_STATE + unit_u
         wait(state, tiles, F)
-        if F.BLOCK_K > 1 or not F.SHARED_A:
+        if not NUMBERS:
             mean_u, rstd_u = saved_statistics(o, u, F)
             w_u, b_u = parameters(o, u, F)
         apply(o, again, mean_u, rstd_u, w_u, b_u, u, True, F, EVICT_FIRST)

@@ -224,11 +224,12 @@ def load_parameters(ptr, t, NONE: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def saved_statistics(o, t, F: tl.constexpr):
+def saved_statistics(o, t, F: tl.constexpr, SHARED: tl.constexpr = False):
+    """mean (0 where there is none) and rstd of a tile's groups; SHARED: published by a program of this launch."""
     mean = 0.0
     if o.mean is not None:
-        mean = load_kept(o.mean, t, F)
-    return mean, load_kept(o.rstd, t, F)
+        mean = load_kept(o.mean, t, F, SHARED)
+    return mean, load_kept(o.rstd, t, F, SHARED)
 
 
 @triton.jit

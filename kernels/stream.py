@@ -20,6 +20,7 @@ from .norm import (
     moments,
     read_input,
     reciprocal_root,
+    saved_statistics,
     write_output,
 )
 from .sums import tile_total, totals
@@ -31,7 +32,6 @@ from .tile import (
     count,
     extent,
     group_number,
-    load_kept,
     number_of_groups,
     numbered_tile,
     tile_at,
@@ -57,10 +57,7 @@ def stream(o, n0, number, eps: "fp64", momentum: "fp64", F: tl.constexpr):
         # The last tile first: the end of x is what the statistics left in L2.
         t, _, _, _ = numbered_tile(tl.num_programs(0) - 1 - tl.program_id(0), 1, n0, F)
         v = load_pieces(o.x, t, X, F)
-        mean = 0.0
-        if o.mean is not None:
-            mean = load_kept(o.mean, t, F)
-        rstd = load_kept(o.rstd, t, F)
+        mean, rstd = saved_statistics(o, t, F)
         if F.FROM_VAR:
             rstd = reciprocal_root(rstd + count(eps, F))
         write_output(o, v, mean, rstd, t, F)
@@ -92,8 +89,7 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
     if applies:
         state = o.tickets + FIRST_STATE + unit_u
         wait(state, tiles, F)
-        mean = load_kept(o.mean, u, F, True) if o.mean is not None else 0.0
-        rstd = load_kept(o.rstd, u, F, True)
+        mean, rstd = saved_statistics(o, u, F, True)
         if o.pre is None:
             write_output(o, x, mean, rstd, u, F, EVICT_FIRST)
         else:  # the sum was written by a program of this launch: not to be read before

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
-from .schedule import Device, Limits
+from .schedule import Device, Limits, column_tile, stream
 from .ticketing import Tickets
 from .tile import Tile, vector
 from .views import Shapes, View
@@ -193,6 +193,15 @@ class Planner:
         # Whether tiles are whole is asked of the batch, too: masks cost more than a second compilation.
         full_s = tile.full("s", layout.extent("s"))
         return cut(form, tile, layout, KEPT_FIRST=True, FULL_K=whole, CLAMP_K=clamp, FULL_S=full_s)
+
+    def streaming(self, elements: int, per_warp: int) -> tuple[View, Tile, Form]:
+        """What a launch for each visit walks through, its tile (columns have one of their own size), its form."""
+        view = self.columns or self.base
+        if self.columns is not None:
+            tile = column_tile(view.layout, self.itemsize, self.device)
+            return view, tile, self.column_form(self.form(view), tile, view.layout)
+        tile = stream(view.layout, self.itemsize, self.acc_bytes, elements, per_warp)
+        return view, tile, cut(self.form(view), tile, view.layout, KEPT_FIRST=kept_first(view.layout))
 
     def choose(self) -> Plan:
         """One launch that holds whole groups, else one that visits each tile twice, else a launch for each visit.

@@ -9,7 +9,6 @@ from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
-from .layout import Layout
 from .plan import Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
@@ -167,11 +166,7 @@ class _Backward(Planner):
         """A tile of long rows: one warp owns a chunk of columns, so that their sums need no barrier."""
         if in_rows(self.base.layout):
             return schedule.row_chunk(self.base.layout, self.itemsize)
-        return self.stream()
-
-    def stream(self, fewer: int = 1) -> Tile:
-        tile = self.limits.grad_tile // fewer
-        return schedule.stream(self.base.layout, self.itemsize, self.acc_bytes, tile, 512 // fewer)
+        return schedule.stream(self.base.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512)
 
     def walk(self, tile: Tile, phase: str, sums: Names) -> tuple[Names, int]:
         """grad_normalize; `sums`: of rows, written (STATISTICS) or given.
@@ -200,20 +195,12 @@ class _Backward(Planner):
             self.sum_rows(names, count)
         return names, count
 
-    def streamed_form(self, fewer: int) -> tuple[Layout, Tile, Form]:
-        """The layout that a launch for each visit walks through, its tile, and the form of such a launch."""
-        view = self.columns or self.base
-        layout = view.layout
-        if self.columns is None:
-            tile = self.stream(fewer)
-            return layout, tile, cut(self.form(view), tile, layout, KEPT_FIRST=kept_first(layout))
-        tile = schedule.column_tile(layout, self.itemsize, self.device)
-        return layout, tile, self.column_form(self.form(view), tile, layout)
-
     def statistics(self, write: bool) -> int:
         """p1 and p0 of chunks; returns how many there are of a group."""
         # Sums are kept for every element: with an activation's derivative beside them, half as many fit.
-        layout, tile, formed = self.streamed_form(2 if self.activated else 1)
+        fewer = 2 if self.activated else 1
+        view, tile, formed = self.streaming(self.limits.grad_tile // fewer, 512 // fewer)
+        layout = view.layout
         if self.columns is None:
             steps = schedule.steps(layout, tile)
         else:
@@ -283,7 +270,8 @@ class _Backward(Planner):
         ))  # fmt: skip
 
     def apply(self, sums: Names) -> None:
-        layout, tile, formed = self.streamed_form(1)
+        view, tile, formed = self.streaming(self.limits.grad_tile, 512)
+        layout = view.layout
         tiles = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width)
         self.launches.append(Launch(
             grad_stream, tiles * cdiv(layout.extent("s"), tile.length), alike(*READS, *sums, *WRITES),

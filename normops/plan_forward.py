@@ -59,7 +59,7 @@ class _Forward(Planner):
             tile = schedule.rows(layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
             if tile is not None:
                 return tile
-        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8)
+        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes)
         if tile is not None:
             return tile
         # x as it came takes a register an element in fp32, half of one in bf16.
@@ -154,14 +154,8 @@ class _Forward(Planner):
         return self.plan("split", (statistics, finishing, self.apply()), chunks * finished.APART)
 
     def apply(self) -> Launch:
-        view = self.columns or self.base
+        view, tile, formed = self.streaming(self.limits.tile, 1024)
         layout = view.layout
-        if self.columns is not None:
-            tile = schedule.column_tile(layout, self.itemsize, self.device)
-            formed = self.column_form(self.form(view), tile, layout)
-        else:
-            tile = schedule.stream(layout, self.itemsize, self.acc_bytes, self.limits.tile, 1024)
-            formed = cut(self.form(view), tile, layout, KEPT_FIRST=kept_first(layout))
         tiles = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width)
         source = "sum" if self.summed else "x"
         formed = formed._replace(PHASE=APPLY, FROM_VAR=self.given == "var", X=view.operands[source.upper()])

@@ -1,4 +1,4 @@
-"""Which engine, which tile: the only file with tuned numbers, and all of it pure functions of facts.
+"""Which tile, and how far an engine goes: the only file with tuned numbers, and all of it pure functions of facts.
 
 Nothing here was timed yet: each number stands with the reason it starts from (register counts come from compiling
 the kernels for sm_80, sm_90 and sm_100).
@@ -69,7 +69,7 @@ class Limits:
     chunks: int = 256
     # A tile should cover a whole 128-byte line along the innermost axis: narrower reads waste DRAM bursts.
     line_bytes: int = 128
-    # 16 KB of bf16 per program of a ticketed launch (x, or x and dy), 8 warps: four programs live on an SM.
+    # 16 KB of bf16 per program of a ticketed launch (x, or x and dy), 4 warps: four programs live on an SM.
     ticket_tile: int = 8192
     grad_ticket_tile: int = 8192
     # Of these, elements of a warp: 64 a thread, which spreads what a program does once.
@@ -84,7 +84,7 @@ class Limits:
     rows: int = 4
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
-    # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps on their way at once, of x and of dy.
+    # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps, of x and of dy.
     column_tile: int = 8192
     # Programs of an SM that walk along columns: about as many as it runs at once, by their registers.
     column_programs: int = 3
@@ -344,10 +344,11 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     return Tile(True, k, a, 1, k * across, pieces=-(-n // a), along_a=True)
 
 
-def column_groups(layout: Layout, itemsize: int, acc_bytes: int, most: int) -> Tile | None:
+def column_groups(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
     """A tile of whole groups that are columns, whose parameters run along them: a line of memory wide, in pieces of
-    16 bytes a lane along a, at most so many; None where they are longer, or narrower accesses are all that memory
-    allows."""
+    16 bytes a lane along a, eight of them if warps allow; None where a group is longer than twice that, or narrower
+    accesses are all that memory allows."""
+    most = 8
     lane = vector(layout, itemsize)
     if layout.letters[-2:] not in ("am", "ac") or layout.extent("s") > 1 or acc_bytes > 4 or lane * itemsize < 8:
         return None

@@ -35,7 +35,7 @@ def measured(out: Path, *options: str) -> list[dict[str, Any]]:
     return json.loads((out / "evidence.json").read_text())["rows"]
 
 
-TOO_LARGE = {"four rows", "resnet 2048x7 b256", "odd planes"}
+TOO_LARGE = {"four rows", "resnet 2048x7 b256"}
 """Large calls of contiguous memory with a launch for each visit: a unit of 32 MB, and odd planes."""
 
 

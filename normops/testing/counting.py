@@ -124,9 +124,7 @@ class Counted:
         blocks_a = cdiv(self.n_a, self["WIDTH_A"])
         blocks_k = (self.grid - more) // (blocks_a * chunks_s) * steps_m
         return _Tiles(
-            _Axis(
-                blocks_k * self["BLOCK_K"] if self["CLAMP_K"] else self.points, blocks_k, self["BLOCK_K"]
-            ),
+            _Axis(blocks_k * self["BLOCK_K"] if self["CLAMP_K"] else self.points, blocks_k, self["BLOCK_K"]),
             _Axis(self.n_a, blocks_a, self["WIDTH_A"]),
             _Axis(self.n_s, chunks_s, self["WIDTH_S"]),
         )
