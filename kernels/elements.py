@@ -14,26 +14,23 @@ def add_pairs(a1, b1, a2, b2):
 
 
 @triton.jit
-def widen(v, F: tl.constexpr):
-    """v in the accumulator's type: two bfloat16 of a register by a shift and an and, where Triton takes three."""
+def widen(v, F: tl.constexpr, PURE: tl.constexpr = True):
+    """v in the accumulator's type: two bfloat16 of a register by a shift and an and, where Triton takes three.
+
+    PURE: what was made of v before may be used again; else it is not kept in registers beside v for that.
+    """
     if F.PTX and v.dtype == tl.bfloat16 and F.ACC == tl.float32:
         v = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [v],
-            dtype=tl.float32, is_pure=True, pack=2,
+            dtype=tl.float32, is_pure=PURE, pack=2,
+        )  # fmt: skip
+    elif F.PTX and v.dtype == tl.float16 and F.ACC == tl.float32:
+        v = tl.inline_asm_elementwise(
+            "{ .reg .b16 p, q; mov.b32 {p, q}, $2; cvt.f32.f16 $0, p; cvt.f32.f16 $1, q; }", "=r,=r,r", [v],
+            dtype=tl.float32, is_pure=PURE, pack=2,
         )  # fmt: skip
     else:
         v = v.to(F.ACC)
-    return v
-
-
-@triton.jit
-def held(v, F: tl.constexpr):
-    """The same bits, but the compiler does not know it: what was made of them before is not kept in registers beside
-    them until they are used again."""
-    if F.PTX and v.dtype.primitive_bitwidth == 16:
-        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=2)
-    elif F.PTX and v.dtype == tl.float32:
-        v = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [v], dtype=v.dtype, is_pure=False, pack=1)
     return v
 
 
@@ -56,14 +53,14 @@ def fast_sigmoid(z, F: tl.constexpr):
 
 
 @triton.jit
-def where_negative(z, e, F: tl.constexpr):
+def where_negative(z, e, F: tl.constexpr, PURE: tl.constexpr = True):
     """e, in the accumulator's type, where z < 0; else 0.  z is not -0; where it is NaN, either."""
     if F.PTX and e.dtype == tl.bfloat16 and F.ACC == tl.float32:
         # The signs of two z spread to a mask of a packed pair: PRMT and LOP3.
         g = tl.inline_asm_elementwise(
             "{ .reg .b32 m; prmt.b32 m, $3, $4, 0xffbb; and.b32 m, m, $2;"
             " shl.b32 $0, m, 16; and.b32 $1, m, 0xffff0000; }",
-            "=r,=r,r,r,r", [e, z], dtype=tl.float32, is_pure=True, pack=2,
+            "=r,=r,r,r,r", [e, z], dtype=tl.float32, is_pure=PURE, pack=2,
         )  # fmt: skip
     else:
         g = tl.where(z < 0.0, e.to(F.ACC), 0.0)

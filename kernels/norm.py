@@ -79,11 +79,11 @@ def first_elements(o, m, c, mk, F: tl.constexpr):
 
 
 @triton.jit
-def add_moments(s1, s2, v, t, shift, F: tl.constexpr):
-    """Sums of v - shift and of its squares, by lane; to s1 and s2, or None."""
+def add_moments(s1, s2, v, t, shift, F: tl.constexpr, PURE: tl.constexpr = False):
+    """Sums of v - shift and of its squares, by lane; to s1 and s2, or None.  PURE: see widen()."""
     PIECES: tl.constexpr = F.PIECES
     for p in tl.static_range(PIECES):
-        d = widen(v[p], F) - shift
+        d = widen(v[p], F, PURE) - shift
         if not F.CLAMP_A:
             d = inside(d, t, p, F)
         s1 = plus(s1, d)
@@ -115,14 +115,16 @@ def moments(v, t, n, first, F: tl.constexpr):
     that the squares would cancel and the mean be as coarse as the distance, a second one about the mean that the first
     one found.  Where a tile holds several groups, one of which may be such a one: the mean first, always.
     """
+    # A larger tile spills what a second pass could use of the first one.
+    SMALL: tl.constexpr = F.BLOCK_A * F.BLOCK_S * F.PIECES <= 32768
     near = first
-    s1, s2 = add_moments(None, None, v, t, 0.0 if F.BLOCK_K > 1 else first, F)
+    s1, s2 = add_moments(None, None, v, t, 0.0 if F.BLOCK_K > 1 else first, F, SMALL)
     if not F.CENTER:
         mean = 0.0
         m2 = by_group(tile_total(s2, F), F)
     elif F.BLOCK_K > 1:
         near = by_group(tile_total(s1, F), F) / n
-        s1, s2 = add_moments(None, None, v, t, near, F)
+        s1, s2 = add_moments(None, None, v, t, near, F, SMALL)
         s1, s2 = totals(s1, s2, F)
         s1 = by_group(s1, F)
         mean = s1 / n
@@ -133,7 +135,7 @@ def moments(v, t, n, first, F: tl.constexpr):
         m2 = tl.maximum(s2 - s1 * mean, 0.0)
         if cancels(m2, s2):
             near = first + mean
-            s1, s2 = add_moments(None, None, v, t, near, F)
+            s1, s2 = add_moments(None, None, v, t, near, F, SMALL)
             s1, s2 = totals(s1, s2, F)
             mean = s1 / n
             m2 = tl.maximum(s2 - s1 * mean, 0.0)
@@ -185,37 +187,31 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     POST: tl.constexpr = F.POST
     Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
-    # Of columns all are loaded first: they are a number or two a lane, and behind a store would wait for it.
-    ALL: tl.constexpr = F.KEPT_FIRST and F.PIECES_A
-    if ALL:
-        ws = load_parameters(o.w, t, 1.0, F)
-        bs = load_parameters(o.b, t, 0.0, F)
-    for p in tl.static_range(PIECES):
-        if ALL:
-            scale = rstd * ws[p]
-            b = bs[p]
-        elif p == 0 or F.PIECES_A:  # along s all pieces have the same
-            scale = rstd if o.w is None else rstd * load_parameter(o.w, t, p, F)
-            b = 0.0 if o.b is None else load_parameter(o.b, t, p, F)
-        z = (widen(v[p], F) - mean) * scale
-        if o.b is not None:
-            z = z + b
-        if o.post is not None:
-            z += widen(load(o.post, t, p, POST, F), F)
-        save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
+    # Those of several pieces at once: behind a store they would wait for it.
+    AHEAD: tl.constexpr = PIECES if F.KEPT_FIRST or not F.PIECES_A else min(PIECES, 4)
+    for q in tl.static_range(0, PIECES, AHEAD):
+        ws = load_parameters(o.w, t, q, AHEAD, 1.0, F)
+        bs = load_parameters(o.b, t, q, AHEAD, 0.0, F)
+        for p in tl.static_range(q, min(q + AHEAD, PIECES)):
+            z = (widen(v[p], F) - mean) * (rstd * ws[p - q])
+            if o.b is not None:
+                z = z + bs[p - q]
+            if o.post is not None:
+                z += widen(load(o.post, t, p, POST, F), F)
+            save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
 
 
 @triton.jit
-def load_parameters(ptr, t, NONE: tl.constexpr, F: tl.constexpr):
-    """w or b of each piece; NONE where there is none."""
+def load_parameters(ptr, t, FIRST: tl.constexpr, NUMBER: tl.constexpr, NONE: tl.constexpr, F: tl.constexpr):
+    """w or b of pieces from the FIRST on; NONE where there is none."""
     PIECES: tl.constexpr = F.PIECES
     v = ()
-    for p in tl.static_range(PIECES):
+    for p in tl.static_range(FIRST, min(FIRST + NUMBER, PIECES)):
         if ptr is None:
             v = v + (NONE,)
-        elif p == 0 or F.PIECES_A:  # along s all pieces have the same
+        elif p == FIRST or F.PIECES_A:
             v = v + (load_parameter(ptr, t, p, F),)
-        else:
+        else:  # along s all pieces have the same
             v = v + (v[0],)
     return v
 
@@ -235,8 +231,9 @@ def saved_statistics(o, t, F: tl.constexpr, SHARED: tl.constexpr = False):
 @triton.jit
 def parameters(o, t, F: tl.constexpr):
     """w and b of each piece, 1 and 0 where there are none; b only where an activation's derivative asks for it."""
-    w = load_parameters(o.w, t, 1.0, F)
-    b = load_parameters(o.b if F.ACT != "identity" else None, t, 0.0, F)
+    PIECES: tl.constexpr = F.PIECES
+    w = load_parameters(o.w, t, 0, PIECES, 1.0, F)
+    b = load_parameters(o.b if F.ACT != "identity" else None, t, 0, PIECES, 0.0, F)
     return w, b
 
 
@@ -256,25 +253,25 @@ def read_gradient(o, t, F: tl.constexpr, KEEP: tl.constexpr = ANY):
 
 
 @triton.jit
-def gradient(o, streams, mean, rstd, w, b, PIECE: tl.constexpr, F: tl.constexpr):
+def gradient(o, streams, mean, rstd, w, b, PIECE: tl.constexpr, F: tl.constexpr, PURE: tl.constexpr = True):
     """d = x - mean and g = dy · act'(z) of a piece; z = d · rstd · w + b + post is computed again.
 
     Lanes outside hold g = 0, so that sums of g need no mask.
     """
-    d = widen(streams[0][PIECE], F) - mean
+    d = widen(streams[0][PIECE], F, PURE) - mean
     dy = streams[1][PIECE]
     if F.ACT == "identity":
-        g = widen(dy, F)
+        g = widen(dy, F, PURE)
     elif F.ACT == "relu":
         z = (0.0 - b[PIECE]) - d * (rstd * w[PIECE])  # -z, where 0 is never -0
         if o.post is not None:
             z -= widen(streams[2][PIECE], F)
-        g = where_negative(z, dy, F)
+        g = where_negative(z, dy, F, PURE)
     else:
         z = d * (rstd * w[PIECE]) + b[PIECE]
         if o.post is not None:
             z += widen(streams[2][PIECE], F)
-        g = widen(dy, F) * activation_grad(z, o.dy.dtype.element_ty, F)
+        g = widen(dy, F, PURE) * activation_grad(z, o.dy.dtype.element_ty, F)
     return d, g
 
 

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
-from .elements import held
 from .norm import (
     first_elements,
     given_sums,
@@ -21,7 +20,7 @@ from .norm import (
     write_gradient,
     write_output,
 )
-from .sums import over_rows, plus
+from .sums import of_lanes, over_rows, plus
 from .tile import (
     coordinates,
     extent,
@@ -52,16 +51,7 @@ def normalize(o, n0, eps: "fp64", momentum: "fp64", F: tl.constexpr):
     near, mean, m2 = moments(v, t, n, first, F)
     mean = near + mean
     rstd = keep_moments(o, mean, m2 / n, m, c, first_columns(t, F), n0, eps, momentum, F)
-    write_output(o, held_pieces(v, F), mean, rstd, t, F)
-
-
-@triton.jit
-def held_pieces(v, F: tl.constexpr):
-    PIECES: tl.constexpr = F.PIECES
-    r = ()
-    for p in tl.static_range(PIECES):
-        r = r + (held(v[p], F),)
-    return r
+    write_output(o, v, mean, rstd, t, F)
 
 
 @triton.jit(do_not_specialize=["n0", "steps"])
@@ -75,6 +65,7 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
         APPLY         dx from given c1, c0; from none, where the statistics of x were constants: then dw and db too
     """
     PIECES: tl.constexpr = F.PIECES
+    LANE: tl.constexpr = F.LANE
     COLUMNS: tl.constexpr = F.FOLD[1]
     C_BLOCK: tl.constexpr = 1 if F.ALONG_M else COLUMNS
     M_STEP: tl.constexpr = COLUMNS if F.ALONG_M else 1
@@ -92,11 +83,13 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
     dw = ()
     db = ()
     for p in tl.static_range(PIECES):
-        dw = dw + (zeros(F.BLOCK_K, F.BLOCK_A, 1, F.ACC),)
-        db = db + (zeros(F.BLOCK_K, F.BLOCK_A, 1, F.ACC),)
+        dw = dw + (zeros(F.BLOCK_K // LANE, F.BLOCK_A, 1, F.ACC),)
+        db = db + (zeros(F.BLOCK_K // LANE, F.BLOCK_A, 1, F.ACC),)
 
     # Tiles along m may stick out; of those along c, whose m is a number, there are no more than m has points.
     blocks_m = steps if F.ALONG_M else tl.minimum(steps, extent(0, n0, F) - part * steps)
+    if F.SINGLE:
+        blocks_m = 1
     for j in range(0, blocks_m):
         m, c, mk = kept((part * steps + j) * M_STEP, c_start, n0, F, F.BLOCK_K)
         t = tile_at(m, c, mk, a_start, 0, n0, F)
@@ -109,12 +102,12 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
         t1 = None
         t0 = None
         for p in tl.static_range(PIECES):
-            d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+            d, g = gradient(o, streams, mean, rstd, w, b, p, F, not F.SINGLE)
             p1, p0 = tile_sums(g * d, g, F)
             t1 = plus(t1, w[p] * p1)
             t0 = plus(t0, w[p] * p0)
-            dw_next = dw_next + (dw[p] + p1 * rstd,)
-            db_next = db_next + (db[p] + p0,)
+            dw_next = dw_next + (dw[p] + of_lanes(p1 * rstd, F),)
+            db_next = db_next + (db[p] + of_lanes(p0, F),)
             ds = ds + (d,)
             gs = gs + (g,)
         dw = dw_next
@@ -132,7 +125,11 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
                 store(o.p0, at, t0, mk)
         else:
             for p in tl.static_range(PIECES):
-                write_gradient(o, ds[p], gs[p], k1, k0, w[p] * rstd, t, p, F)
+                d = ds[p]
+                g = gs[p]
+                if F.SINGLE:
+                    d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+                write_gradient(o, d, g, k1, k0, w[p] * rstd, t, p, F)
 
     m, c, mk = kept(0 * part, c_start, n0, F, F.BLOCK_K)
     t = tile_at(m, c, mk, a_start, 0, n0, F)
@@ -155,6 +152,6 @@ def store_affine(o, dw, db, t, part, PIECE: tl.constexpr, n0, F: tl.constexpr):
     if not F.ALONG_M:
         mask = mask & sum_lanes(t, F)
     if o.dw is not None:
-        store(o.dw, at, over_rows(dw, F.BLOCK_K, F.BLOCK_A) if F.ALONG_M else dw, mask)
+        store(o.dw, at, over_rows(dw, F) if F.ALONG_M else dw, mask)
     if o.db is not None:
-        store(o.db, at, over_rows(db, F.BLOCK_K, F.BLOCK_A) if F.ALONG_M else db, mask)
+        store(o.db, at, over_rows(db, F) if F.ALONG_M else db, mask)

@@ -155,8 +155,10 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
 @triton.jit
 def chunk_sums(o, v, t, near, block_a, chunk_s, steps, n0, F: tl.constexpr, write=True):
     """Sums of x - near and of its squares over a chunk, whose first tile is v; `write`: as of read_input()."""
-    d1, d2 = add_moments(None, None, v, t, near, F)
+    # Of both tiles of a launch that reads two at once little is kept beside them; parameters along a leave no room.
+    PURE: tl.constexpr = F.PHASE == _STATISTICS or not F.SHARED_A
+    d1, d2 = add_moments(None, None, v, t, near, F, PURE)
     for i in range(1, tiles_of(chunk_s, steps, n0, F)):
         u = next_tile(t, block_a, chunk_s * steps + i, n0, F)
-        d1, d2 = add_moments(d1, d2, read_input(o, u, F, ANY, write), u, near, F)
+        d1, d2 = add_moments(d1, d2, read_input(o, u, F, ANY, write), u, near, F, True)
     return totals(d1, d2, F)

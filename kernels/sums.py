@@ -27,9 +27,24 @@ def halves(v, A: tl.constexpr, K: tl.constexpr):
 
 
 @triton.jit
-def over_rows(v, K: tl.constexpr, A: tl.constexpr):
-    """[K, A, 1] -> [1, A, 1], the sum over rows, which are those of different warps."""
-    return tl.reshape(halves(tl.trans(tl.reshape(v, (K, A))), A, K), (1, A, 1))
+def of_lanes(v, F: tl.constexpr):
+    """[BLOCK_K, A, 1] -> [BLOCK_K / LANE, A, 1]: sums of the neighbours that a lane holds."""
+    if F.LANE > 1:
+        v = tl.sum(tl.reshape(v, (F.BLOCK_K // F.LANE, F.LANE, F.BLOCK_A)), 1)
+        v = tl.reshape(v, (F.BLOCK_K // F.LANE, F.BLOCK_A, 1))  # not v[:, :, None], which costs a change of layout
+    return v
+
+
+@triton.jit
+def over_rows(v, F: tl.constexpr):
+    """[BLOCK_K / LANE, A, 1] -> [1, A, 1]: the sum over rows, which are those of different warps, or over the lanes of
+    each warp."""
+    if F.LANE > 1:
+        v = tl.sum(v, 0, keep_dims=True)
+    else:
+        v = halves(tl.trans(tl.reshape(v, (F.BLOCK_K, F.BLOCK_A))), F.BLOCK_A, F.BLOCK_K)
+        v = tl.reshape(v, (1, F.BLOCK_A, 1))
+    return v
 
 
 @triton.jit

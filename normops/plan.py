@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 import torch
 import triton.language as tl
 
+from . import schedule
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
 from .schedule import Device, Limits, column_tile, stream
 from .ticketing import Tickets
 from .tile import Tile, vector
 from .views import Shapes, View
+
+CHEAP = ("identity", "relu", "leaky_relu")
+"""Activations of an instruction or two."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -154,6 +158,9 @@ def kept_first(layout: Layout) -> bool:
 class Planner:
     """What both directions know of a call, and the order in which they try engines."""
 
+    cached: float
+    """Bytes of x, as a share of L2, up to which a launch for each visit is predicted faster than one for both."""
+
     def __init__(
         self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device
     ) -> None:
@@ -170,11 +177,31 @@ class Planner:
         return (self.columns or self.groups).layout
 
     @property
-    def small(self) -> bool:
-        """Whether x fits the window of L2; never said of rows, whose bits no batch may decide."""
+    def images(self) -> bool:
+        """Not rows, whose bits no batch may decide."""
         layout = self.base.layout
-        images = bool(layout.runs_of("c")) or layout.batch in ("a", "s")
-        return images and layout.numel * self.itemsize <= (self.limits.window or self.device.window)
+        return bool(layout.runs_of("c")) or layout.batch in ("a", "s")
+
+    @property
+    def many(self) -> bool:
+        """Whether a program for each group, though it be a large one, keeps more than half of the device busy."""
+        return not self.images or 2 * self.base.layout.groups > self.device.num_sms
+
+    @property
+    def heavy(self) -> bool:
+        """Whether the activation takes many registers."""
+        return self.spec.activation in ("gelu", "gelu_tanh")
+
+    @property
+    def small(self) -> bool:
+        """Whether they are images of which L2 holds much when another launch reads them again."""
+        return self.images and self.base.layout.numel * self.itemsize <= self.cached * self.device.l2_bytes
+
+    def steps(self, layout: Layout, tile: Tile) -> int:
+        """Tiles along s that a program of a statistics kernel walks."""
+        least = schedule.least_steps(layout, tile)
+        programs = self.limits.stream_warps // tile.warps
+        return max(least, schedule.steps(layout, tile, self.device, programs)) if self.images else least
 
     def form(self, view: View) -> Form:
         """What is known of every launch over a view, whatever its tile."""

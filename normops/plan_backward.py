@@ -9,10 +9,10 @@ from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
-from .plan import Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
+from .plan import CHEAP, Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
-from .tile import Tile, along_m, in_rows, next_power_of_2, sideways
+from .tile import Tile, along_m, in_rows, next_power_of_2, sideways, vector
 from .views import Shapes, View
 
 Needs = tuple[bool, bool, bool, bool]
@@ -42,7 +42,10 @@ class _Backward(Planner):
         self.n_m, self.n_c, self.n_a, self.n_s = (self.base.layout.extent(letter) for letter in "mcas")
         self.sums_wide = self.n_c * self.n_a
         self.activated = spec.activation != "identity"
+        self.cached = limits.grad_cached if spec.activation in CHEAP else limits.grad_cached_activated
         self.added = shapes.has("POST")
+        if self.activated and self.added:  # three streams, not two
+            self.cached *= 2 / 3
         # Where s is a single point, the sums over s are as large as x: dw and db are added up along m instead.
         self.along_rows = self.n_s == 1 and self.n_a > 1
         self.launches: list[Launch] = []
@@ -98,12 +101,18 @@ class _Backward(Planner):
         affine = self.along_rows and (self.dw or self.db)
         if affine and in_rows(layout):
             return schedule.rows(layout, self.itemsize, self.acc_bytes, 32, 8)
-        limit = limits.backward_affine if affine else limits.backward
-        # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
-        most = 8 if self.activated else 16
-        return schedule.whole_groups(
-            layout, self.itemsize, self.acc_bytes, limit, limits.grad_tile, 512, self.activated, most
-        )
+        if affine and along_m(layout):
+            tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 4 if self.activated else 8, 8)
+            if tile is not None:
+                return tile
+        if affine:  # dw and db of every element are held, too
+            limit, most = limits.backward_affine, 8 if self.activated else 16
+            pack = limits.grad_tile
+            return schedule.whole_groups(layout, self.itemsize, self.acc_bytes, limit, pack, 512, self.activated, most)
+        # With others, or a third stream, the tile would spill.
+        single = self.spec.activation in ("identity", "relu", "silu") and not (self.activated and self.added)
+        single = single and self.many
+        return schedule.backward_groups(layout, self.itemsize, self.acc_bytes, self.activated, single)
 
     def resident(self, tile: Tile) -> Plan:
         self.walk(tile, BOTH, NONE)
@@ -185,7 +194,12 @@ class _Backward(Planner):
             self.take(sums, cdiv(self.n_a, tile.width) * layout.groups)
         else:
             operands |= alike(*WRITES)
-        formed = cut(self.form(self.groups), tile, layout, PHASE=phase, DIRECT=direct and adds)
+        across = tile.along_a and kept_first(layout)
+        lane = min(tile.k, vector(layout, self.itemsize)) if across else 1
+        formed = cut(
+            self.form(self.groups), tile, layout, PHASE=phase, DIRECT=direct and adds, KEPT_FIRST=across, LANE=lane,
+            SINGLE=tile.single,
+        )  # fmt: skip
         self.launches.append(Launch(
             grad_normalize, blocks * count, operands, (layout.outer, steps), formed, tile.warps,
         ))  # fmt: skip
@@ -202,9 +216,9 @@ class _Backward(Planner):
         view, tile, formed = self.streaming(self.limits.grad_tile // fewer, 512 // fewer)
         layout = view.layout
         if self.columns is None:
-            steps = schedule.steps(layout, tile)
+            steps = self.steps(layout, tile)
         else:
-            steps = schedule.column_steps(layout, tile, self.device, self.limits.grad_column_programs)
+            steps = schedule.steps(layout, tile, self.device, self.limits.grad_column_programs)
             formed = formed._replace(FOLD=(1, tile.k, tile.k, 1))
         chunks = cdiv(layout.extent("s"), tile.length * steps)
         programs = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width) * chunks

@@ -39,6 +39,7 @@ class _Forward(Planner):
     ) -> None:
         super().__init__(spec, shapes, itemsize, acc, limits, device)
         self.given = given
+        self.cached = limits.cached
         self.summed = shapes.has("SUM")
         self.parts = ("part_mean", "part_m2") if spec.center else ("part_m2",)
 
@@ -51,7 +52,7 @@ class _Forward(Planner):
     # Resident
 
     def resident_tile(self) -> Tile | None:
-        limits, layout = self.limits, self.groups.layout
+        layout = self.groups.layout
         extra = self.shapes.has("POST")
         n = layout.group
         # Pieces leave no lane idle; where a power of two is less than an eighth too long, one block loads sooner.
@@ -59,14 +60,10 @@ class _Forward(Planner):
             tile = schedule.rows(layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
             if tile is not None:
                 return tile
-        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes)
+        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
         if tile is not None:
             return tile
-        # x as it came takes a register an element in fp32, half of one in bf16.
-        limit = limits.forward // 2 if self.itemsize == 4 else limits.forward
-        if sideways(layout):
-            limit = limits.forward_sideways
-        return schedule.whole_groups(layout, self.itemsize, self.acc_bytes, limit, limits.tile, 1024, extra, 16)
+        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.heavy, self.many)
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout
@@ -118,13 +115,13 @@ class _Forward(Planner):
         block_k, _, block_p = schedule.finish_group_tile(kept_first(layout))
         finished = formed._replace(FOLD=fold(layout, block_k, block_k), BLOCK_P=block_p)
         formed = formed._replace(KEPT_FIRST=kept_first(layout))
-        return self.visits(layout, tile, schedule.steps(layout, tile), formed, finished, 4)
+        return self.visits(layout, tile, self.steps(layout, tile), formed, finished, 4)
 
     def split_columns(self, columns: View) -> Plan:
         """A program walks along columns; those of a group meet in the finish."""
         layout = columns.layout
         tile = schedule.column_tile(layout, self.itemsize, self.device)
-        steps = schedule.column_steps(layout, tile, self.device, self.limits.column_programs)
+        steps = schedule.steps(layout, tile, self.device, self.limits.column_programs)
         chunks = cdiv(layout.extent("s"), tile.length * steps)
         block_k, _, block_p = schedule.column_finish_tile(chunks * layout.fold, 1)
         read = self.reading(columns)

@@ -13,7 +13,7 @@ from math import gcd, log2
 from typing import Any
 
 from .layout import Layout
-from .tile import Tile, along_m, kept_bound, next_power_of_2, vector
+from .tile import Tile, along_m, in_rows, kept_bound, next_power_of_2, sideways, vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +54,24 @@ class Limits:
 
     # The engine that every call takes, whatever the sizes below say: one of ENGINES, or "" for the one that suits.
     engine: str = ""
-    # 16 warps hold 48k elements of x as they came (96 a thread, in bf16) without spilling; 64k would spill. Groups side
-    # by side take no larger tiles than were measured: they would be few.
+    # 16 warps hold 48k elements of x as they came (96 a thread, in bf16) without spilling, some groups a third more:
+    # forward_groups(). Groups side by side take no larger tiles than were measured: they would be few.
     forward: int = 49152
     forward_sideways: int = 16384
-    # x, dy and what is made of them live at once.
+    # x, dy and what is made of them live at once; twice as many where that is made twice: backward_groups().
     backward: int = 16384
     # As above, and dw and db of every element too.
     backward_affine: int = 8192
     # 8 KB of bf16 per program: several programs per SM keep enough loads in flight.
     tile: int = 4096
     grad_tile: int = 2048
+    # Warps of an SM that walk for statistics: as many as it runs at once, by their registers.
+    stream_warps: int = 32
+    # Of L2, as many bytes of x as images may have for which a launch for each visit is predicted faster than tickets:
+    # they cross at 42 to 51 MB forward on an H100, at 26 MB backward, with an exponential in it at 52 to 67 MB.
+    cached: float = 0.85
+    grad_cached: float = 0.5
+    grad_cached_activated: float = 1.1
     # Partial results per group: more would make the finish a single slow program.
     chunks: int = 256
     # A tile should cover a whole 128-byte line along the innermost axis: narrower reads waste DRAM bursts.
@@ -101,8 +108,8 @@ def limits() -> Limits:
 
 _POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp", "column_tile",
            "rows")  # fmt: skip
-_LEAST = {"chunks": 1, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "window": 0, "column_programs": 1,
-          "grad_column_programs": 1}  # fmt: skip
+_LEAST = {"chunks": 1, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "stream_warps": 1, "window": 0, "cached": 0,
+          "grad_cached": 0, "grad_cached_activated": 0, "column_programs": 1, "grad_column_programs": 1}  # fmt: skip
 
 
 @contextmanager
@@ -204,6 +211,57 @@ def whole_groups(
     return Tile(m, k, a, s, warps(k * a * s * room, per_warp, most_warps))
 
 
+def whole_planes(layout: Layout, itemsize: int, least: int, most: int) -> Tile | None:
+    """A tile of one group that is planes of a power of two: one or more of them are a piece, so that no lane idles and
+    little lives beside x.  None for groups of up to `least` elements, which a single block loads sooner, and beyond
+    `most`."""
+    a, s = layout.extent("a"), layout.extent("s")
+    width = max(1, 512 * 16 // itemsize // s)  # 16 bytes a lane of 16 warps
+    m = along_m(layout)
+    if layout.letters[-1:] != "s" or s & (s - 1) or s > 8192 or a % width or not least < a * s <= most:
+        return None
+    if 0 in layout.sizes("m" if m else "c"):
+        return None  # a mask for groups would be one too many
+    return Tile(m, 1, width, s, 16, pieces=a // width, along_a=True)
+
+
+def forward_groups(
+    layout: Layout, itemsize: int, acc_bytes: int, device: Device, extra: bool, heavy: bool, many: bool
+) -> Tile | None:
+    """A tile of whole groups for a forward program, which holds x as it came: a register an element in fp32, half of
+    one in bf16.  `extra`: another tensor is added; `heavy`: an activation of many registers; `many`: of the largest
+    tiles there are enough for every other SM."""
+    limit = limits().forward // (2 if itemsize == 4 else 1)
+    pure = many and not (extra or heavy or acc_bytes > 4)
+    tile = whole_planes(layout, itemsize, limit * 2 // 3, limit * 4 // 3) if pure else None
+    if tile is not None:
+        return tile
+    if sideways(layout):
+        limit = limits().forward_sideways
+    elif heavy:
+        limit //= 3
+    elif layout.extent("a") > 1:
+        limit = limit * 5 // 6
+    elif pure and vector(layout, itemsize) * itemsize == 16 and device.capability == (9, 0):
+        limit = limit * 4 // 3  # elsewhere ptxas spills a few bytes
+    return whole_groups(layout, itemsize, acc_bytes, limit, limits().tile, 1024, extra, 16)
+
+
+def backward_groups(layout: Layout, itemsize: int, acc_bytes: int, activated: bool, single: bool) -> Tile | None:
+    """A tile of whole groups for a backward program, which holds x, dy and what is made of them; or, where these do not
+    fit and `single`, one group with x and dy as they came."""
+    limit, pack = limits().backward, limits().grad_tile
+    # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
+    tile = whole_groups(layout, itemsize, acc_bytes, limit, pack, 512, activated, 8 if activated else 16)
+    if tile is None and single and itemsize == 2:
+        a, s = layout.extent("a"), layout.extent("s")
+        tile = whole_planes(layout, itemsize, limit * 3 // 2, limit * 5 // 2 if s >= 4096 else 2 * limit)
+        if tile is None and not (activated and a > 1 and s & (s - 1)):
+            tile = whole_groups(layout, itemsize, acc_bytes, 2 * limit, pack, 512)
+        tile = replace(tile, single=True) if tile is not None and tile.k == 1 else None
+    return tile
+
+
 def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_warp: int) -> Tile:
     """A tile that walks through memory: filled from the innermost axis outwards."""
     elements = elements * 4 // acc_bytes
@@ -263,16 +321,22 @@ def column_tile(layout: Layout, itemsize: int, device: Device) -> Tile:
 
 
 def across(layout: Layout, tile: Tile) -> int:
-    """Blocks of columns, of all samples."""
-    n = layout.runs[-1].size
-    return -(-n // tile.k) * (layout.extent("m") * layout.extent("c") // n)
+    """Tiles side by side: of all groups, and along a."""
+    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
+    return -(-layout.extent(inside) // tile.columns) * layout.extent(outside) * -(-layout.extent("a") // tile.width)
 
 
-def column_steps(layout: Layout, tile: Tile, device: Device, programs: int) -> int:
-    """Tiles that a program of a statistics kernel walks along columns: so many programs for each SM, if there are as
-    many tiles; with all that they have on their way memory is busy."""
+def steps(layout: Layout, tile: Tile, device: Device, programs: int) -> int:
+    """Tiles that a program of a statistics kernel walks along s: so many programs for each SM, if there are as many
+    tiles; with all that they have on their way memory is busy."""
     tiles = -(-layout.extent("s") // tile.length)
     return -(-tiles // max(1, min(tiles, programs * device.num_sms // across(layout, tile))))
+
+
+def least_steps(layout: Layout, tile: Tile) -> int:
+    """As few of these as leave a finish no more than Limits.chunks; a function of the group alone."""
+    tiles = -(-layout.extent("s") // tile.length)
+    return max(1, -(-tiles * -(-layout.extent("a") // tile.width) // limits().chunks))
 
 
 def column_finish_tile(partials: int, n_a: int) -> tuple[int, int, int]:
@@ -283,21 +347,17 @@ def column_finish_tile(partials: int, n_a: int) -> tuple[int, int, int]:
     return max(1, min(8, 4096 // (a * p))), a, p
 
 
-def steps(layout: Layout, tile: Tile) -> int:
-    """Tiles along s that one program of a statistics kernel adds up; a function of the group alone."""
-    tiles = -(-layout.extent("s") // tile.length)
-    blocks_a = -(-layout.extent("a") // tile.width)
-    return max(1, -(-tiles * blocks_a // limits().chunks))
-
-
 def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tuple[int, int]:
     """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
     `sums`: each leaves partial dw or db."""
     across = -(-layout.extent("a") // tile.width)
     across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
-    # Whole rows keep w, dw and db in registers: 160 a thread.
-    warps = 12 if tile.pieces > 1 else limits().warps_per_sm
+    warps = limits().warps_per_sm
+    if tile.pieces > 1:  # rows keep w, dw and db of every element: 160 registers a thread; columns one for each lane
+        warps = 12 if in_rows(layout) else 512 * 32 * tile.warps // tile.elements
+    if tile.single:
+        return blocks, 1
     wanted = max(1, device.num_sms * max(1, warps // tile.warps) // across)
     if sums and layout.extent("s") == 1:
         # Partial dw and db are 8 bytes a column and part: of 16 rows each, they are a tenth of x, dy and dx.
@@ -344,24 +404,20 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     return Tile(True, k, a, 1, k * across, pieces=-(-n // a), along_a=True)
 
 
-def column_groups(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
-    """A tile of whole groups that are columns, whose parameters run along them: a line of memory wide, in pieces of
-    16 bytes a lane along a, eight of them if warps allow; None where a group is longer than twice that, or narrower
-    accesses are all that memory allows."""
-    most = 8
+def column_groups(layout: Layout, itemsize: int, acc_bytes: int, most: int, most_warps: int) -> Tile | None:
+    """A tile of whole groups that are columns, whose parameters run along them, in pieces of 16 bytes a lane along a,
+    no more than `most` of them: a line of memory wide, or half of one, or a sector; None where a group is too long for
+    all of these, or narrower accesses are all that memory allows."""
     lane = vector(layout, itemsize)
     if layout.letters[-2:] not in ("am", "ac") or layout.extent("s") > 1 or acc_bytes > 4 or lane * itemsize < 8:
         return None
-    k = max(lane, limits().line_bytes // itemsize)
-    n = layout.extent("a")
-    warps = 4
-    if -(-n // (32 * lane * warps // k)) > most:
-        k = max(lane, k // 2)  # half a line of each row
-    while warps < 16 and -(-n // (32 * lane * warps // k)) > most:
-        warps *= 2
-    a = 32 * lane * warps // k
-    pieces = -(-n // a)
-    return Tile(along_m(layout), k, a, 1, warps, pieces=pieces, along_a=True) if pieces <= 2 * most else None
+    for share, warps in ((1, 4), (2, 4), (2, 8), (2, 16), (4, 8), (4, 16)):
+        k = max(lane, limits().line_bytes // itemsize // share)
+        a = 32 * lane * warps // k
+        pieces = -(-layout.extent("a") // a)
+        if pieces <= most and warps <= most_warps:
+            return Tile(along_m(layout), k, a, 1, warps, pieces=pieces, along_a=True)
+    return None
 
 
 def row_chunk(layout: Layout, itemsize: int) -> Tile:

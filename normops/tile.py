@@ -21,6 +21,8 @@ class Tile:
     pieces: int = 1
     """Blocks that it is made of, neighbours along a (`along_a`) or along s."""
     along_a: bool = False
+    single: bool = False
+    """Whether a backward program has no other: see SINGLE in kernels/bundles.py."""
 
     @property
     def width(self) -> int:

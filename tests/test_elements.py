@@ -27,9 +27,9 @@ def widened(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def holding(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
+def widened_anew(x_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(y_ptr + i, elements.held(tl.load(x_ptr + i), F).to(tl.float32))
+    tl.store(y_ptr + i, elements.widen(tl.load(x_ptr + i), F, False))
 
 
 @triton.jit
@@ -44,8 +44,8 @@ def selected(z_ptr, e_ptr, y_ptr, N: tl.constexpr, F: tl.constexpr):
     tl.store(y_ptr + i, elements.where_negative(0.0 - tl.load(z_ptr + i), tl.load(e_ptr + i), F))
 
 
-def every_bfloat16() -> torch.Tensor:
-    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).cuda()
+def every(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype).cuda()
 
 
 def both(kernel: Any, *operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,9 +63,10 @@ def bits(t: torch.Tensor) -> torch.Tensor:
 
 
 @on_gpu
-@pytest.mark.parametrize("kernel", [widened, holding], ids=["widen", "held"])
-def test_every_bfloat16_is_widened_to_the_same_bits(kernel: Any) -> None:
-    x = every_bfloat16()
+@pytest.mark.parametrize("kernel", [widened, widened_anew], ids=["widen", "anew"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_narrow_number_is_widened_to_the_same_bits(kernel: Any, dtype: torch.dtype) -> None:
+    x = every(dtype)
     plain, assembly = both(kernel, x)
     there = ~x.isnan()
     assert torch.equal(bits(plain)[there], bits(assembly)[there])
@@ -74,7 +75,7 @@ def test_every_bfloat16_is_widened_to_the_same_bits(kernel: Any) -> None:
 
 @on_gpu
 def test_fast_sigmoid_is_within_its_error() -> None:
-    z = every_bfloat16().float()
+    z = every(torch.bfloat16).float()
     _, assembly = both(sigmoids, z)
     there = ~z.isnan()
     exact = torch.sigmoid(z[there].double())
@@ -87,13 +88,13 @@ def test_fast_sigmoid_is_within_its_error() -> None:
 @on_gpu
 def test_every_bfloat16_is_selected_by_sign() -> None:
     """Zeros of both signs, infinities and the smallest numbers too; where z is NaN either is right."""
-    dy = every_bfloat16()
+    dy = every(torch.bfloat16)
     for z in (0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, 1e-45, -1e-45):
         plain, assembly = both(selected, torch.full(dy.shape, z, device="cuda"), dy)
         there = ~dy.isnan()
         assert torch.equal(bits(plain)[there], bits(assembly)[there]), z
         assert torch.equal(plain.isnan(), assembly.isnan()), z
-    z = every_bfloat16().float()
+    z = every(torch.bfloat16).float()
     plain, assembly = both(selected, z, torch.full_like(dy, 3.0))
     assert torch.equal(plain[~z.isnan()], assembly[~z.isnan()])
     assert set(assembly.unique().tolist()) == {0.0, 3.0}

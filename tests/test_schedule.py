@@ -121,7 +121,7 @@ def test_tiles_of_rows_do_not_depend_on_the_batch(dimensions: tuple[int, int, in
             found = [tiles(batch[name], itemsize, acc) for batch in batches]
             assert all(f == found[0] for f in found), name
             streams = [schedule.stream(b[name], itemsize, acc, schedule.limits().tile, 1024) for b in batches]
-            steps = {schedule.steps(b[name], tile) for b, tile in zip(batches, streams, strict=True)}
+            steps = {schedule.least_steps(b[name], tile) for b, tile in zip(batches, streams, strict=True)}
             assert len(steps) == 1, name
 
 
@@ -140,7 +140,7 @@ def test_steps_bound_the_partial_results(found: Layout) -> None:
     for (itemsize, acc), elements, most in product(SIZES, (64, 4096), (1, 7, 256)):
         with schedule.forced(chunks=most):
             tile = schedule.stream(found, itemsize, acc, elements, 1024)
-            steps = schedule.steps(found, tile)
+            steps = schedule.least_steps(found, tile)
             assert steps >= 1
             blocks_a = -(-found.extent("a") // tile.a)
             chunks_s = -(-found.extent("s") // (tile.s * steps))
