@@ -10,8 +10,8 @@ enter no device context, so their time is a little low; and they sum one row of 
 itself: that arithmetic (the same sum over 4096 and over 8 elements) is taken off before normops is held to them.
 
 One thread, no garbage collection.  Blocks of calls of all subjects take turns; the median and the smallest block
-count.  Stages are differences of medians at the boundaries calls.find, autograd.normalize, launch.forward (backward),
-Step.run: "checks and plan" is the lookup of what the first call checked and planned, "allocation" makes outputs and
+count.  Stages are differences of medians at the boundaries calls.find, autograd.apply, Call.forward (backward),
+Step.launch: "checks and plan" is the lookup of what the first call checked and planned, "allocation" makes outputs and
 workspace and finds the step to run, "autograd" is the Function, and PyTorch's engine in the backward.
 """
 
@@ -219,27 +219,21 @@ def silent() -> Iterator[None]:
 
 def stages(subject: Subject) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The engine that runs, and inner functions of a call of normops, each with the arguments that it had there."""
-    run = launch.Step.run
+    launched = launch.Step.launch
     call: dict[str, tuple[Any, ...]] = {}
-    with caught(calls, "find", call), caught(autograd, "normalize", call), caught(launch, "forward", call):
-        with caught(launch.Step, "run", call):
+    with caught(calls, "find", call), caught(autograd, "apply", call), caught(launch.Call, "forward", call):
+        with caught(launch.Step, "launch", call):
             y = subject.call()
-        forward_run = call["run"][1]
+        forward_launch = call["launch"][1]
         y = y if isinstance(y, tuple) else (y,)
-        with caught(launch, "backward", call), caught(launch.Step, "run", call):
+        with caught(launch.Call, "backward", call), caught(launch.Step, "launch", call):
             torch.autograd.grad(y, subject.leaves, [torch.empty_like(t) for t in y])
-    lookup, normalize, forward, backward = (call[n] for n in ("find", "normalize", "forward", "backward"))
-    backward_run = call["run"][1]
-    options = {k: v for k, v in normalize[1][-1].items() if k != "saved"}
-
-    return forward_run[0].plan.engine, {
-        "lookup": partial(lookup[0], *lookup[1], **lookup[2]),
-        "normalize": lambda: normalize[0](*normalize[1][:-1], dict(options)),
-        "forward": partial(forward[0], *forward[1], **forward[2]),
-        "forward run": partial(run, *forward_run),
-        "backward": partial(backward[0], *backward[1], **backward[2]),
-        "backward run": partial(run, *backward_run),
-    }
+    inner = {name: partial(original, *args, **named) for name, (original, args, named) in call.items()}
+    return forward_launch[0].plan.engine, {
+        "lookup": inner["find"], "apply": inner["apply"], "forward": inner["forward"],
+        "forward launch": partial(launched, *forward_launch), "backward": inner["backward"],
+        "backward launch": inner["launch"],
+    }  # fmt: skip
 
 
 def breakdown(times: dict[str, tuple[float, float]], total: tuple[float, float]) -> dict[str, dict[str, float]]:
@@ -248,13 +242,13 @@ def breakdown(times: dict[str, tuple[float, float]], total: tuple[float, float])
     forward, both = total
     return {
         "forward": {
-            "checks and plan": t["lookup"], "autograd": t["normalize"] - t["forward"],
-            "allocation": t["forward"] - t["forward run"], "launch": t["forward run"],
-            "rest": forward - t["lookup"] - t["normalize"],
+            "checks and plan": t["lookup"], "autograd": t["apply"],
+            "allocation": t["forward"] - t["forward launch"], "launch": t["forward launch"],
+            "rest": forward - t["lookup"] - t["forward"] - t["apply"],
         },
         "backward": {
             "checks and plan": 0.0, "autograd": both - forward - t["backward"],
-            "allocation": t["backward"] - t["backward run"], "launch": t["backward run"], "rest": 0.0,
+            "allocation": t["backward"] - t["backward launch"], "launch": t["backward launch"], "rest": 0.0,
         },
     }  # fmt: skip
 

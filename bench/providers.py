@@ -12,7 +12,7 @@ import torch.nn.functional as TF
 from torch import Tensor
 
 import normops
-from normops.reference import ACTIVATIONS
+from normops.activations import ACTIVATIONS
 
 from .cases import Case
 
@@ -102,7 +102,7 @@ def by_normops(case: Case, i: Inputs) -> Outputs:
 def by_torch(case: Case, i: Inputs) -> Outputs:
     """The composition of torch's functions."""
     z, *total = before_activation(case, i)
-    return (ACTIVATIONS[case.activation or "identity"](z), *total)
+    return (ACTIVATIONS[case.activation or "identity"].function(z), *total)
 
 
 def before_activation(case: Case, i: Inputs, stored: Tensor | None = None) -> Outputs:
@@ -137,7 +137,7 @@ def finish(case: Case, i: Inputs, y: Tensor) -> Tensor:
     """What follows the norm, by torch."""
     if i["post_add"] is not None:
         y = y + i["post_add"]
-    return ACTIVATIONS[case.activation or "identity"](y)
+    return ACTIVATIONS[case.activation or "identity"].function(y)
 
 
 def leaves(i: Inputs) -> list[Tensor]:
@@ -184,7 +184,7 @@ def exact(
     the two derivatives, and so are all sums.  Passes of one backward must agree on z, or sums and elements differ here.
     """
     z, *total = before_activation(case, i, actual.get("sum"))
-    activation = ACTIVATIONS[case.activation or "identity"]
+    activation = ACTIVATIONS[case.activation or "identity"].function
     outer = [i["dsum"]] if total else []
 
     def gradients(at: Tensor, of: Sequence[Tensor]) -> tuple[Tensor, ...]:

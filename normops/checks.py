@@ -1,56 +1,39 @@
-"""What a call must satisfy, and the axes it means: run once for each kind of call, see ``functional``.
-
-A check takes the operands and the options of a call and returns its :class:`Axes`; it raises PyTorch's kind of error,
-naming the argument, its value and what was expected.
-"""
+"""Validates calls.  A rule takes the operands and the options of a call and returns its norm, once for every distinct
+call; it raises PyTorch's kind of error, naming the argument, its value and what was expected."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .form import Form
-from .pattern import parse
+from . import activations
+from .norm import Norm, Operands, parse
 from .plan import DTYPES
 
-
-class Operands(NamedTuple):
-    """The tensors of a call."""
-
-    x: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    pre_add: Tensor | None = None
-    post_add: Tensor | None = None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
+Rule = Callable[..., Norm]
 
 
-class Axes(NamedTuple):
-    """What is averaged over, and what the parameters vary along."""
-
-    factors: tuple[tuple[int, ...], ...]
-    """For each axis of x the sizes it splits into."""
-    reduced: tuple[int, ...]
-    """Axes of the split shape."""
-    affine: tuple[int, ...]
-    """Axes of the split shape, in the order of the weight's axes."""
-    stat_axes: tuple[int, ...] = ()
-    """Axes that keep a statistic, in the order in which they are returned."""
-    stat_shape: tuple[int, ...] = ()
-    """The shape of mean and rstd as they are returned."""
-    weight_shape: tuple[int, ...] | None = None
-    """What weight and bias broadcast to; None where they have that shape."""
-
-
-def written(axes: Axes) -> tuple[str, str, tuple[int, ...] | None]:
-    """pattern, affine and lengths as the registered operators take them."""
-    pattern, affine = Form(tuple(map(len, axes.factors)), axes.reduced, axes.affine).strings
-    return pattern, affine, tuple(n for sizes in axes.factors for n in sizes[:-1]) or None
+def norm_of(
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None
+) -> Norm:
+    """What a call means, once everything about it was found right."""
+    _tensors(operands)
+    norm = rule(operands, *arguments)._replace(activation=activations.check(activation))
+    dtype(out_dtype)
+    for name in ("pre_add", "post_add"):
+        t = getattr(operands, name)
+        if t is not None and t.shape != operands.x.shape:
+            try:
+                t.expand(operands.x.shape)
+            except RuntimeError:
+                raise RuntimeError(
+                    f"{name} must broadcast to the shape of x, {tuple(operands.x.shape)}, got shape {tuple(t.shape)}"
+                ) from None
+    return norm if operands.weight is not None or operands.bias is not None else norm._replace(affine=())
 
 
 def dtype(out_dtype: torch.dtype | None) -> None:
@@ -59,9 +42,8 @@ def dtype(out_dtype: torch.dtype | None) -> None:
         raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
 
 
-def tensors(o: Operands) -> None:
+def _tensors(o: Operands) -> None:
     """Every operand is a tensor of a known dtype, on the device of x."""
-    x = o.x
     for name, t in zip(o._fields, o, strict=True):
         if t is None and name != "x":
             continue
@@ -70,157 +52,107 @@ def tensors(o: Operands) -> None:
             raise TypeError(f"{name} must be {expected}, got {type(t).__name__}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.device != x.device:
-            raise RuntimeError(f"expected {name} on the device of x, {x.device}, got {t.device}")
+        if t.device != o.x.device:
+            raise RuntimeError(f"expected {name} on the device of x, {o.x.device}, got {t.device}")
 
 
-def _channels(name: str, o: Operands) -> None:
-    x = o.x
-    for argument in ("running_mean", "running_var", "weight", "bias"):
-        t = getattr(o, argument)
-        if t is not None and tuple(t.shape) != (x.shape[1],):
+def _named(o: Operands, pattern: str, affine: str, refusal: str, **lengths: int) -> Norm:
+    """The norm of a pattern; where x does not fit it a RuntimeError, as of PyTorch: the refusal, with x's shape."""
+    try:
+        norm = parse(pattern, o.x.shape, affine, lengths)
+    except ValueError:
+        raise RuntimeError(refusal.format(shape=tuple(o.x.shape), size=list(o.x.shape))) from None
+    return _parameters(norm, o, affine)
+
+
+def _parameters(norm: Norm, o: Operands, affine: str) -> Norm:
+    for name in ("running_mean", "running_var", "weight", "bias"):
+        t = getattr(o, name)
+        if t is not None and tuple(t.shape) != norm.affine_shape:
             raise RuntimeError(
-                f"{name}: {argument} must have shape ({x.shape[1]},), one value per channel of an input of shape "
-                f"{tuple(x.shape)}, got {tuple(t.shape)}"
+                f"{name} must have shape {norm.affine_shape} for x of shape {tuple(o.x.shape)} and affine={affine!r}, "
+                f"got {tuple(t.shape)}"
             )
+    return norm
 
 
-def _unsplit(x: Tensor) -> tuple[tuple[int, ...], ...]:
-    return tuple((n,) for n in x.shape)
-
-
-def _tracked(name: str, o: Operands) -> None:
-    """What BatchNorm and InstanceNorm ask for alike."""
-    if o.x.dim() < 2:
-        raise RuntimeError(f"{name}: input must have at least 2 axes (N, C, *), got shape {tuple(o.x.shape)}")
+def _channels(name: str, o: Operands, pattern: str) -> Norm:
+    """Of the norms that may keep running statistics, one for each channel."""
     if (o.running_mean is None) != (o.running_var is None):
         raise RuntimeError(f"{name}: running_mean and running_var must be both given or both None")
-    _channels(name, o)
+    return _named(o, pattern, "c", name + ": input must have at least 2 axes (N, C, *), got shape {shape}")
 
 
-def _writable(o: Operands) -> None:
+def batch_norm(o: Operands, training: bool) -> Norm:
+    norm = _channels("batch_norm", o, "n c ... -> c")
+    if not training:
+        if o.running_mean is None:
+            raise RuntimeError("batch_norm: expected running_mean and running_var to be defined when training=False")
+        return norm._replace(given=True)
+    if o.x.numel() and o.x.numel() == o.x.shape[1]:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {o.x.shape}")
     for name in ("running_mean", "running_var"):
         t = getattr(o, name)
-        if t is None:
-            continue
-        if not t.is_contiguous():
+        if t is not None and not t.is_contiguous():
             raise RuntimeError(f"{name} must be contiguous, for it is updated in place; got strides {t.stride()}")
-        if t.requires_grad:
+        if t is not None and t.requires_grad:
             raise RuntimeError(f"{name} is updated in place and must not require grad")
+    return norm
 
 
-def batch_norm(o: Operands, training: bool) -> Axes:
-    _tracked("batch_norm", o)
-    x = o.x
-    if training:
-        if x.numel() and x.numel() == x.shape[1]:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-        _writable(o)
-    elif o.running_mean is None:
-        raise RuntimeError("batch_norm: expected running_mean and running_var to be defined when training=False")
-    return Axes(_unsplit(x), (0, *range(2, x.dim())), (1,))
+def instance_norm(o: Operands, use_input_stats: bool) -> Norm:
+    if not use_input_stats:
+        if o.running_mean is None:
+            raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
+        return batch_norm(o, False)
+    norm = _channels("instance_norm", o, "n c ... -> n c")
+    if prod(o.x.shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 spatial element when training, got input size {o.x.shape}")
+    return norm
 
 
-def instance_norm(o: Operands) -> Axes:
-    _tracked("instance_norm", o)
-    x = o.x
-    if prod(x.shape[2:]) == 1:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {x.shape}")
-    return Axes(_unsplit(x), tuple(range(2, x.dim())), (1,), (0, 1), tuple(x.shape[:2]))
-
-
-def trailing(o: Operands, name: str, normalized_shape: int | tuple[int, ...]) -> Axes:
-    """The last axes of x, which normalized_shape names."""
-    x = o.x
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
+    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
     if not shape:
-        raise RuntimeError(f"{name}: normalized_shape must name at least one axis, got {shape}")
-    if len(shape) > x.dim() or tuple(x.shape[x.dim() - len(shape) :]) != shape:
-        raise RuntimeError(
-            f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
-            f"but got input of size {list(x.shape)}"
-        )
-    for argument, t in (("weight", o.weight), ("bias", o.bias)):
-        if t is not None and tuple(t.shape) != shape:
-            raise RuntimeError(
-                f"{name}: expected {argument} to be of same shape as normalized_shape {shape}, got {tuple(t.shape)}"
-            )
-    axes = tuple(range(x.dim() - len(shape), x.dim()))
-    return Axes(_unsplit(x), axes, axes)
+        raise RuntimeError(f"normalized_shape must name at least one axis, got {shape}")
+    lengths = {f"d{i}": n for i, n in enumerate(shape)}
+    refusal = f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
+    names = " ".join(lengths)
+    return _named(o, f"... {names} -> ...", names, refusal + "but got input of size {size}", **lengths)
 
 
-def group_norm(o: Operands, num_groups: int) -> Axes:
-    x = o.x
-    if x.dim() < 2:
-        raise RuntimeError(f"Expected at least 2 dimensions for input tensor but received {x.dim()}")
-    channels = x.shape[1]
+def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
+    return layer_norm(o, normalized_shape)._replace(center=False)
+
+
+def group_norm(o: Operands, num_groups: int) -> Norm:
     if num_groups <= 0:
         raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
-    if channels % num_groups:
-        raise RuntimeError(
-            f"Expected number of channels in input to be divisible by num_groups, but got input of shape "
-            f"{list(x.shape)} and num_groups={num_groups}"
-        )
-    _channels("group_norm", o)
-    if x.numel() and x.numel() == num_groups:
+    refusal = f"Expected an input (N, C, *) with C divisible by num_groups, got num_groups={num_groups} and shape "
+    norm = _named(o, "n (g c) ... -> n g", "(g c)", refusal + "{size}", g=num_groups)
+    if o.x.numel() and o.x.numel() == num_groups:
         raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {x.shape} and "
+            f"Expected more than 1 value per channel when training, got input size {o.x.shape} and "
             f"num_groups={num_groups}"
         )
-    factors = ((x.shape[0],), (num_groups, channels // num_groups), *((n,) for n in x.shape[2:]))
-    return Axes(factors, tuple(range(2, x.dim() + 1)), (1, 2))
-
-
-def formed(o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None) -> Axes:
-    """Of a registered operator: the form says what is meant; parameters and statistics need only have that many
-    elements, pre_add and post_add x's shape."""
-    form = Form.read(pattern, affine)
-    factors = form.factors(o.x.shape, lengths)
-    sizes = [n for parts in factors for n in parts]
-    elements = {"weight": prod(sizes[i] for i in form.affine), "running_mean": prod(form.kept(factors))}
-    for name, of in (
-        ("weight", "weight"),
-        ("bias", "weight"),
-        ("running_mean", "running_mean"),
-        ("running_var", "running_mean"),
-    ):
-        t = getattr(o, name)
-        if t is not None and t.numel() != elements[of]:
-            raise RuntimeError(
-                f"{name.removeprefix('running_')} must have {elements[of]} elements for {pattern!r}, affine {affine!r} "
-                f"and x of shape {tuple(o.x.shape)}, got shape {tuple(t.shape)}"
-            )
-    for name in ("pre_add", "post_add"):
-        t = getattr(o, name)
-        if t is not None and t.shape != o.x.shape:
-            raise RuntimeError(f"{name} must have the shape of x, {tuple(o.x.shape)}, got {tuple(t.shape)}")
-    return Axes(factors, form.reduced, form.affine)
+    return norm
 
 
 def normalize(
-    o: Operands, axes: int | Sequence[int] | str, affine: str | None, lengths: tuple[tuple[str, int], ...]
-) -> Axes:
-    x = o.x
+    o: Operands, axes: int | Sequence[int] | str, affine: str | None, center: bool, lengths: tuple[tuple[str, int], ...]
+) -> Norm:
     if isinstance(axes, str):
-        pattern = parse(axes, tuple(x.shape), affine, dict(lengths))
-        found = Axes(pattern.factors, pattern.reduced, pattern.affine_axes, pattern.stat_axes, pattern.stat_shape)
-        if affine is None:
-            return _broadcast(found, o)
-        for name, t in (("weight", o.weight), ("bias", o.bias)):
-            if t is not None and tuple(t.shape) != pattern.affine_shape:
-                raise RuntimeError(
-                    f"{name} must have shape {pattern.affine_shape} for affine={affine!r}, got {tuple(t.shape)}"
-                )
-        return found
+        norm = parse(axes, o.x.shape, affine, dict(lengths))._replace(center=center)
+        return _broadcast(norm, o) if affine is None else _parameters(norm, o, affine)
     if lengths or affine is not None:
         extra = "affine" if affine is not None else lengths[0][0]
         raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}")
-    if x.dim() == 0:
+    rank = o.x.dim()
+    if rank == 0:
         raise RuntimeError("x must have at least one axis, got a tensor of rank 0")
-    reduced = _reduced(axes, x.dim())
-    stat_axes = tuple(i for i in range(x.dim()) if i not in reduced)
-    stat_shape = tuple(x.shape[i] for i in stat_axes)
-    return _broadcast(Axes(_unsplit(x), reduced, (), stat_axes, stat_shape), o)
+    reduced = _reduced(axes, rank)
+    kept = tuple((i,) for i in range(rank) if i not in reduced)
+    return _broadcast(Norm(tuple((n,) for n in o.x.shape), reduced, (), center, kept=kept), o)
 
 
 def _reduced(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
@@ -238,35 +170,45 @@ def _reduced(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def _broadcast(axes: Axes, o: Operands) -> Axes:
-    """The axes along which parameters vary that broadcast against x, and the shape that both come to."""
-    x = o.x
-    sizes = []
+def _broadcast(norm: Norm, o: Operands) -> Norm:
+    """The norm with parameters that broadcast against x, in the shape that both come to."""
+    union = [1] * o.x.dim()
     for name, t in (("weight", o.weight), ("bias", o.bias)):
         if t is None:
             continue
-        padded = (1,) * (x.dim() - t.dim()) + tuple(t.shape)
-        if len(padded) != x.dim() or any(s != 1 and s != n for s, n in zip(padded, x.shape, strict=True)):
-            raise RuntimeError(f"{name} must broadcast against x of shape {tuple(x.shape)}, got shape {tuple(t.shape)}")
-        sizes.append(padded)
-    if not sizes:
-        return axes._replace(affine=())
-    union = tuple(b if a == 1 else a for a, b in zip(sizes[0], sizes[-1], strict=True))
+        padded = (1,) * (o.x.dim() - t.dim()) + tuple(t.shape)
+        if len(padded) != o.x.dim() or any(s != 1 and s != n for s, n in zip(padded, o.x.shape, strict=True)):
+            raise RuntimeError(
+                f"{name} must broadcast against x of shape {tuple(o.x.shape)}, got shape {tuple(t.shape)}"
+            )
+        union = [b if a == 1 else a for a, b in zip(union, padded, strict=True)]
     varying: list[int] = []
     i = 0
-    for size, factors in zip(union, axes.factors, strict=True):
+    for size, factors in zip(union, norm.factors, strict=True):
         if size != 1:
             varying.extend(range(i, i + len(factors)))
         i += len(factors)
-    return axes._replace(affine=tuple(varying), weight_shape=union)
+    return norm._replace(affine=tuple(varying), affine_shape=tuple(union))
 
 
-def expanded(name: str, t: Tensor | None, x: Tensor) -> Tensor | None:
-    if t is None or t.shape == x.shape:
-        return t
-    try:
-        return t.expand(x.shape)
-    except RuntimeError:
-        raise RuntimeError(
-            f"{name} must broadcast to the shape of x, {tuple(x.shape)}, got shape {tuple(t.shape)}"
-        ) from None
+def written(
+    o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None, center: bool, given: bool
+) -> Norm:
+    """Of a registered operator: parameters and statistics need only have that many elements, pre_add and post_add x's
+    shape."""
+    norm = parse(pattern, o.x.shape, affine, lengths)
+    sizes = norm.shape
+    elements = {"weight": prod(sizes[i] for i in norm.affine), "mean": prod(norm.kept_shape)}
+    elements |= {"bias": elements["weight"], "var": elements["mean"]}
+    for name, t in zip(o._fields, o, strict=True):
+        name = name.removeprefix("running_")
+        if t is None or name == "x":
+            continue
+        if name in elements and t.numel() != elements[name]:
+            raise RuntimeError(
+                f"{name} must have {elements[name]} elements for {pattern!r}, affine {affine!r} and x of shape "
+                f"{tuple(o.x.shape)}, got shape {tuple(t.shape)}"
+            )
+        if name not in elements and t.shape != o.x.shape:
+            raise RuntimeError(f"{name} must have the shape of x, {tuple(o.x.shape)}, got {tuple(t.shape)}")
+    return norm._replace(center=center, given=given, affine_shape=None)

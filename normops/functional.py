@@ -11,17 +11,19 @@ torch.Size([2, 4])
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from inspect import signature
+from math import prod
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.compiler import is_dynamo_compiling
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, calls, checks, composed, traced, transforms
-from .checks import Axes, Operands
+from . import autograd, calls, checks, reference, traced, transforms
+from .checks import Rule
+from .norm import Norm, Operands, laid_out
+from .plan import accumulator
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
 
@@ -29,63 +31,81 @@ Pair = tuple[Tensor, Tensor]
 """``(y, x + pre_add)``, of a call with pre_add."""
 Shape = int | Sequence[int]
 
-_overridden: Callable[..., Any] = handle_torch_function  # which is typed for functions without overloads
-_transforms_active = torch._C._are_functorch_transforms_active
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing = torch._C._get_tracing_state  # torch.jit.trace
-
-
-class _Statistics:
-    """What return_stats and InstanceNorm's running statistics want of a call."""
-
-    axes: Axes
-    mean: Tensor | None
-    rstd: Tensor
+# torch.autograd.graph.increment_version without its own checks.
+_increment_version: Any = torch._C._increment_version
 
 
 def _run(
-    check: Callable[..., Axes], options: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None,
-    eps: float, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
-    post_add: Tensor | None, center: bool = True, running_mean: Tensor | None = None,
-    running_var: Tensor | None = None, given: bool = False, momentum: float | Tensor | None = None,
-    statistics: _Statistics | None = None,
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, activation: str | None,
+    out_dtype: torch.dtype | None, momentum: float | Tensor | None = None, return_stats: bool = False,
 ) -> Any:  # fmt: skip
-    """-> y, or (y, sum) with pre_add.
+    """-> y, or (y, sum) with pre_add, followed by mean and rstd with return_stats.  Every norm goes through here.
 
-    Running statistics stand in for those of x where they are `given`, and move towards them where there is a
-    `momentum`.
+    `rule` (of normops.checks) says what the call means, given the operands and the arguments.  Running statistics
+    stand in for those of x where it says so, and move towards them elsewhere.
     """
-    call = None
-    if not (
-        is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0
-        or _tracing() is not None
-    ):  # fmt: skip
-        call = calls.find(
-            check, options, activation, out_dtype, x, weight, bias, pre_add, post_add, center, running_mean,
-            running_var, given,
-        )  # fmt: skip
-    if call is None:
-        operands = Operands(x, weight, bias, pre_add, post_add, running_mean, running_var)
-        axes, (y, total, mean, rstd) = traced.normalize(
-            check, options, activation, out_dtype, eps, operands, center, given
-        )
-        if momentum is not None:
-            composed.track(operands, mean, rstd, eps, momentum)
-        if statistics is not None:
-            statistics.axes, statistics.mean, statistics.rstd = axes, mean, rstd
-        return y if total is None else (y, total)
-    kept: dict[str, Any] = {}
-    if given:
-        if torch.is_grad_enabled() and (running_mean.requires_grad or running_var.requires_grad):  # type: ignore[union-attr]
+    if has_torch_function_variadic(*operands):
+        return _overridden(operands, rule, arguments, eps, activation, out_dtype, momentum, return_stats)
+    call = None if traced.watched() else calls.find(operands, rule, arguments, activation, out_dtype)
+    norm = checks.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
+    if eps is None:
+        # Not a constant of this module: a compiler would take that for something that may change.
+        eps = torch.finfo(accumulator(operands.x.dtype)).eps
+    moves = operands.running_mean is not None and not norm.given
+    if moves and momentum is None:
+        raise ValueError(NO_MOMENTUM.format(rule.__name__))
+    total: Tensor | None
+    mean, rstd = None, None
+    if call is None or not call.kernels:
+        y, total, mean, rstd = traced.normalize(norm, operands, float(eps), out_dtype, call is not None)
+        result: Any = y if operands.pre_add is None else (y, total)
+    else:
+        if not call.ready:
+            operands = laid_out(norm, operands)
+        needed = torch.is_grad_enabled() and (operands.x.requires_grad or _needed(*operands))
+        if needed and norm.given and _needed(*operands[5:]):
             raise RuntimeError(transforms.CONSTANT)
-        kept = {"mean": running_mean.contiguous(), "var": running_var.contiguous()}  # type: ignore[union-attr]
-    elif momentum is not None and running_mean is not None:
-        kept = {"running_mean": running_mean, "running_var": running_var, "momentum": float(momentum)}
-    result = autograd.normalize(call, x, weight, bias, pre_add, post_add, eps, kept)
-    if statistics is not None:
-        statistics.axes = call.axes
-        statistics.mean, statistics.rstd = autograd.statistics(call, kept["saved"])
-    return result
+        step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
+        y, total, saved = found = call.forward(operands, float(eps), step, needed)
+        if needed:
+            result = autograd.apply(call, float(eps), found, *operands[:5])
+        else:
+            result = y if total is None else (y, total)
+        if call.tracks:
+            _increment_version(operands[5:])
+            moves = False
+        if return_stats or moves:
+            mean, rstd = call.statistics(saved)
+    if moves:
+        reference.track(operands, mean, rstd, eps, momentum)  # type: ignore[arg-type]
+    if not return_stats:
+        return result
+    statistics = (None if t is None else _spelled(t, norm) for t in (mean, rstd))
+    return (result, *statistics) if operands.pre_add is None else (*result, *statistics)
+
+
+def _needed(*tensors: Tensor | None) -> bool:
+    """Whether any gradient may be asked for."""
+    return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _spelled(t: Tensor, norm: Norm) -> Tensor:
+    """A statistic as the right side of the pattern orders and joins its axes."""
+    flat = [axis for axes in norm.kept for axis in axes]
+    shape = norm.shape
+    order = [sorted(flat).index(axis) for axis in flat]
+    return t.permute(order).reshape([prod([shape[axis] for axis in axes]) for axes in norm.kept])
+
+
+def _overridden(operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, *options: Any) -> Any:
+    """The public function that was called, for the class of an operand to take over."""
+    function = globals()[rule.__name__]
+    names = list(signature(rule).parameters)[1:]
+    given = operands._asdict() | dict(zip(names, arguments, strict=True)) | {"eps": eps}
+    given |= dict(zip(("activation", "out_dtype", "momentum", "return_stats"), options, strict=True))
+    taken = list(signature(function).parameters)[1:]
+    named = {name: given[name] for name in taken if name in given and name != "lengths"}
+    return handle_torch_function(function, operands, operands.x, **named, **dict(given.get("lengths", ())))
 
 
 @overload
@@ -155,26 +175,10 @@ def normalize(
     >>> normops.normalize(torch.randn(2, 6, 5), "n (g c) l -> n g", g=3).shape
     torch.Size([2, 6, 5])
     """
-    if has_torch_function_variadic(x, weight, bias, pre_add, post_add):
-        return _overridden(
-            normalize, (x, weight, bias, pre_add, post_add), x, axes, weight, bias, eps=eps, center=center,
-            affine=affine, activation=activation, pre_add=pre_add, post_add=post_add, return_stats=return_stats,
-            out_dtype=out_dtype, **lengths,
-        )  # fmt: skip
     key = tuple(axes) if isinstance(axes, list) else axes
-    found = _Statistics() if return_stats else None
-    result = _run(
-        checks.normalize, (key, affine, tuple(lengths.items())), activation, out_dtype, eps, x, weight, bias, pre_add,
-        post_add, center, statistics=found,
-    )  # fmt: skip
-    if found is None:
-        return result
-    kept = sorted(found.axes.stat_axes)
-    order = [kept.index(axis) for axis in found.axes.stat_axes]
-    shaped = (
-        None if t is None else t.permute(order).reshape(found.axes.stat_shape) for t in (found.mean, found.rstd)
-    )
-    return (result, *shaped) if isinstance(result, Tensor) else (*result, *shaped)
+    operands = Operands(x, weight, bias, pre_add, post_add)
+    arguments = (key, affine, center, tuple(lengths.items()))
+    return _run(operands, checks.normalize, arguments, eps, activation, out_dtype, None, return_stats)
 
 
 @overload
@@ -209,18 +213,8 @@ def batch_norm(
     >>> mean, var
     (tensor([0.1000, 0.1000, 0.1000]), tensor([0.9000, 0.9000, 0.9000]))
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, pre_add, post_add):
-        return _overridden(
-            batch_norm, (input, running_mean, running_var, weight, bias, pre_add, post_add), input, running_mean,
-            running_var, weight, bias, training, momentum, eps, activation=activation, pre_add=pre_add,
-            post_add=post_add, out_dtype=out_dtype,
-        )  # fmt: skip
-    if training and running_mean is not None and momentum is None:
-        raise ValueError(NO_MOMENTUM.format("batch_norm"))
-    return _run(
-        checks.batch_norm, (training,), activation, out_dtype, eps, input, weight, bias, pre_add, post_add, True,
-        running_mean, running_var, not training, momentum if training and running_mean is not None else None,
-    )  # fmt: skip
+    operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
+    return _run(operands, checks.batch_norm, (training,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -255,30 +249,8 @@ def instance_norm(
     >>> torch.allclose(y.mean(-1), torch.zeros(2, 3), atol=1e-5)
     True
     """
-    if has_torch_function_variadic(input, running_mean, running_var, weight, bias, pre_add, post_add):
-        return _overridden(
-            instance_norm, (input, running_mean, running_var, weight, bias, pre_add, post_add), input, running_mean,
-            running_var, weight, bias, use_input_stats, momentum, eps, activation=activation, pre_add=pre_add,
-            post_add=post_add, out_dtype=out_dtype,
-        )  # fmt: skip
-    if not use_input_stats:
-        if running_mean is None:
-            raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
-        return _run(
-            checks.batch_norm, (False,), activation, out_dtype, eps, input, weight, bias, pre_add, post_add, True,
-            running_mean, running_var, True,
-        )  # fmt: skip
-    if running_mean is not None and momentum is None:
-        raise ValueError(NO_MOMENTUM.format("instance_norm"))
-    found = None if running_mean is None else _Statistics()
-    result = _run(
-        checks.instance_norm, (), activation, out_dtype, eps, input, weight, bias, pre_add, post_add, True,
-        running_mean, running_var, statistics=found,
-    )  # fmt: skip
-    if found is not None:
-        operands = Operands(input, running_mean=running_mean, running_var=running_var)
-        composed.track(operands, found.mean, found.rstd, eps, momentum)
-    return result
+    operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
+    return _run(operands, checks.instance_norm, (use_input_stats,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -308,15 +280,9 @@ def layer_norm(
     >>> y[0], hidden[0]
     (tensor([0., 0., 0.]), tensor([2., 2., 2.]))
     """
-    if has_torch_function_variadic(input, weight, bias, pre_add, post_add):
-        return _overridden(
-            layer_norm, (input, weight, bias, pre_add, post_add), input, normalized_shape, weight, bias, eps,
-            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
-        )  # fmt: skip
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    return _run(
-        checks.trailing, ("layer_norm", shape), activation, out_dtype, eps, input, weight, bias, pre_add, post_add
-    )
+    operands = Operands(input, weight, bias, pre_add, post_add)
+    return _run(operands, checks.layer_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -344,20 +310,9 @@ def rms_norm(
     >>> normops.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,), out_dtype=torch.float32).dtype
     torch.float32
     """
-    if has_torch_function_variadic(input, weight, pre_add, post_add):
-        return _overridden(
-            rms_norm, (input, weight, pre_add, post_add), input, normalized_shape, weight, eps,
-            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
-        )  # fmt: skip
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
-    if eps is None:
-        # Not a constant of this module: a compiler would take that for something that may change.
-        double = isinstance(input, Tensor) and input.dtype == torch.float64
-        eps = torch.finfo(torch.float64 if double else torch.float32).eps
-    return _run(
-        checks.trailing, ("rms_norm", shape), activation, out_dtype, eps, input, weight, None, pre_add, post_add,
-        False,
-    )  # fmt: skip
+    operands = Operands(input, weight, None, pre_add, post_add)
+    return _run(operands, checks.rms_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -386,9 +341,5 @@ def group_norm(
     >>> normops.functional.group_norm(torch.randn(2, 6, 4), 3, activation="silu").shape
     torch.Size([2, 6, 4])
     """
-    if has_torch_function_variadic(input, weight, bias, pre_add, post_add):
-        return _overridden(
-            group_norm, (input, weight, bias, pre_add, post_add), input, num_groups, weight, bias, eps,
-            activation=activation, pre_add=pre_add, post_add=post_add, out_dtype=out_dtype,
-        )  # fmt: skip
-    return _run(checks.group_norm, (num_groups,), activation, out_dtype, eps, input, weight, bias, pre_add, post_add)
+    operands = Operands(input, weight, bias, pre_add, post_add)
+    return _run(operands, checks.group_norm, (num_groups,), eps, activation, out_dtype)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from . import compiled, counters, schedule
-from .checks import Axes, written
-from .form import kept_strides
-from .kernels.bundles import Operands
+from .kernels import bundles
 from .layout import follows, split
-from .plan import Plan, Spec, accumulator, weight_strides
+from .norm import Norm, Operands, laid_out
+from .plan import Plan, accumulator, weight_strides
 from .plan_backward import Needs, plan_backward
 from .plan_forward import plan_forward
 from .schedule import Device
@@ -29,15 +28,14 @@ from .views import Shapes
 
 INTERPRETED = compiled.INTERPRETED
 
-# Tensors and scalars of the two directions, in the order in which Step.run takes them.
+# Tensors and scalars of the two directions, in the order in which Step.launch takes them.
 FORWARD = (
-    "x", "pre", "sum", "w", "b", "post", "y", "mean", "var", "running_mean", "running_var", "saved", "scratch",
+    "x", "pre", "sum", "w", "b", "post", "y", "mean", "rstd", "var", "running_mean", "running_var", "saved", "scratch",
     "tickets",
 )  # fmt: skip
-BACKWARD = ("x", "dy", "w", "b", "post", "dsum", "dx", "dpost", "dw", "db", "saved", "scratch", "tickets")
-# The same where mean and rstd are tensors of their own, not pieces of "saved".
-FORWARD_APART = tuple("rstd" if name == "saved" else name for name in FORWARD)
-BACKWARD_APART = (*BACKWARD[:10], "mean", "rstd", "scratch", "tickets")
+BACKWARD = (
+    "x", "dy", "w", "b", "post", "dsum", "dx", "dpost", "dw", "db", "mean", "rstd", "saved", "scratch", "tickets"
+)  # fmt: skip
 SCALARS = ("eps", "momentum")
 
 PIECE = 32
@@ -112,40 +110,37 @@ class Step:
         self._offsets: list[tuple[int, int]] = []  # of each piece: the position of its tensor, and bytes
         self._static: tuple[Any, ...] = ()
 
-    def run(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
-        """Launch everything.  Tensors in the order of the names, None where absent, as the last one, "tickets", is;
-        device: index, -1 for a CPU."""
-        if not self.plan.words:
-            self.launch(tensors, scalars, device)
-            return
-        place = torch.device("cpu") if device < 0 else torch.device("cuda", device)
+    def launch(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
+        """Launch everything.  Tensors in the order of the names, None where absent; device: index, -1 for a CPU."""
         try:
-            self.launch((*tensors[:-1], counters.words(self.plan.words, place)), scalars, device)
+            if self._direct and not compiled.hooked():
+                values: list[Any] = list(map(_data_ptr, self._present(tensors)))
+                bits = 0
+                for pointer in values:
+                    bits |= pointer
+                current, stream = compiled.current()
+                # What was compiled takes pointers for multiples of 16, as they were when it was.
+                if bits & 15 == 0 and (device == current or device < 0):
+                    values += [values[i] + o for i, o in self._offsets]
+                    values += scalars
+                    values += self._static
+                    for pointers, others, run, grid, function, metadata in self._direct:
+                        run(grid, 1, 1, stream, function, metadata, None, None, None, pointers(values), *others(values))
+                    return
+            if device >= 0 and device != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    self._bind(tensors, scalars)
+            else:
+                self._bind(tensors, scalars)
         except BaseException:
-            counters.forget(place)
+            if self.plan.words:
+                counters.forget(torch.device("cpu") if device < 0 else torch.device("cuda", device))
             raise
 
-    def launch(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...], device: int) -> None:
-        """run(), given the words too."""
-        if self._direct and not compiled.hooked():
-            values: list[Any] = list(map(_data_ptr, self._present(tensors)))
-            bits = 0
-            for pointer in values:
-                bits |= pointer
-            current, stream = compiled.current()
-            # What was compiled takes pointers for multiples of 16, as they were when it was.
-            if bits & 15 == 0 and (device == current or device < 0):
-                values += [values[i] + o for i, o in self._offsets]
-                values += scalars
-                values += self._static
-                for pointers, others, run, grid, function, metadata in self._direct:
-                    run(grid, 1, 1, stream, function, metadata, None, None, None, pointers(values), *others(values))
-                return
-        if device >= 0 and device != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._bind(tensors, scalars)
-        else:
-            self._bind(tensors, scalars)
+    def workspace(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """scratch and tickets"""
+        scratch = torch.empty(self.elements, dtype=dtype, device=like.device) if self.elements else None
+        return scratch, counters.words(self.plan.words, like.device) if self.plan.words else None
 
     def operands(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> dict[str, Any]:
         """All that launches take, by name."""
@@ -158,7 +153,7 @@ class Step:
         operands = self.operands(tensors, scalars)
         kernels = [
             launch.kernel[(launch.grid,)](
-                Operands(**{name: operands.get(given) for name, given in launch.operands.items()}),
+                bundles.Operands(**{name: operands.get(given) for name, given in launch.operands.items()}),
                 *(operands[v] if isinstance(v, str) else v for v in launch.scalars),
                 launch.form,
                 num_warps=launch.num_warps,
@@ -183,7 +178,8 @@ class Step:
         direct: list[tuple[Any, ...]] = []
         for launch, handle in zip(self.plan.launches, handles, strict=True):
             nothing = len(place)  # past the last place: None
-            pointers = itemgetter(*(place.get(launch.operands.get(name, ""), nothing) for name in Operands._fields))
+            names = (launch.operands.get(name, "") for name in bundles.Operands._fields)
+            pointers = itemgetter(*(place.get(name, nothing) for name in names))
             scalars_at = (place[v] if isinstance(v, str) else constant(v) for v in launch.scalars)
             others = itemgetter(*scalars_at, constant(launch.form))
             direct.append((pointers, others, handle.run, launch.grid, handle.function, handle.metadata))
@@ -194,32 +190,27 @@ class Step:
 
 
 class Call:
-    """What shapes, strides and dtypes decide about a call: made once, looked up by ``functional`` ever after."""
+    """What shapes, strides and dtypes decide about a call: made once, looked up ever after."""
 
-    def __init__(
-        self, spec: Spec, axes: Axes, x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None,
-        post_add: Tensor | None, given: bool, reshaped: bool, out_dtype: torch.dtype | None,
-    ) -> None:  # fmt: skip
-        self.spec = spec
-        self.axes = axes
-        self.given = given
-        """Whether statistics are given, not those of x."""
+    def __init__(self, norm: Norm, operands: Operands, out_dtype: torch.dtype | None) -> None:
+        laid = laid_out(norm, operands)
+        x, weight, bias, pre_add, post_add, running_mean, _ = laid
+        self.norm = norm
+        self.ready = all(a is b for a, b in zip(operands, laid, strict=True))
+        """Whether operands come as kernels take them, see :func:`laid_out`."""
         self.kernels = x.numel() > 0 and uses_kernels(x)
         self.shape = x.shape
         self.facts = device_facts(x.device)
         self.itemsize = x.element_size()
-        self.form = (*written(axes), spec.center)
-        """pattern, affine, lengths, center: as the registered operators are told the same."""
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
-        self.reshaped = reshaped
-        """Whether operands come in other shapes than those that they broadcast to, which are given here."""
-        self.dense = all(t is None or t.is_contiguous() for t in (weight, bias))
-        self.plain = spec.activation == "identity"
+        self.plain = norm.activation == "identity"
+        self.tracks = running_mean is not None and not norm.given and running_mean.shape == norm.kept_shape
+        """Whether kernels move running statistics: those of BatchNorm."""
         self.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
         self.sum_dtype = x.dtype if pre_add is None else torch.result_type(x, pre_add)
         self.acc = accumulator(x.dtype, self.sum_dtype)
-        self.weights = None if weight is None and bias is None else weight_strides(spec)
+        self.weights = None if weight is None and bias is None else weight_strides(norm)
         self.limits = schedule.limits()
         self.x, self.pre, self.post = (None if t is None else t.stride() for t in (x, pre_add, post_add))
         self.copied = not all(self._follows(s) for s in (self.x, self.pre, self.post))
@@ -227,21 +218,19 @@ class Call:
         """The dtype of y; whether it is x's."""
         self.keeps_dtype = self.out_dtype == x.dtype
         self.eager: Step | None = None
-        """The step of forward(True, False), once it was planned: of almost every call."""
+        """The step of a forward that leaves "saved", once it was planned: of almost every call."""
         self._forward: dict[Any, Step] = {}
         self._backward: dict[Any, Step] = {}
 
-        starts, self.saved_elements = placed(spec.statistics)
+        starts, self.saved_elements = placed(norm.statistics)
         self.rstd_at = starts["rstd"]
-        self.kept = tuple(n for i, n in enumerate(spec.shape) if i not in spec.reduced)
-        """The shape of mean and rstd."""
-        self.kept_strides = kept_strides(spec.factors, self.order, spec.reduced)
+        self.kept_shape, self.kept_strides = norm.kept_shape, norm.kept_strides(self.order)
 
     def _follows(self, strides: Strides | None) -> bool:
         return strides is None or strides == self.order or follows(strides, self.order, self.shape)
 
     def restrided(
-        self, total: Tensor, w: Tensor | None, b: Tensor | None, saved: Tensor, post: Tensor | None
+        self, total: Tensor, w: Tensor | None, b: Tensor | None, post: Tensor | None, saved: Tensor
     ) -> bool:
         """Whether a hook on saved tensors gave back one that lies in memory otherwise than the one it was given."""
         return not (
@@ -252,33 +241,45 @@ class Call:
 
     def _operand(self, strides: Strides | None) -> Strides | None:
         """Strides in the split shape, of the copy where one is made."""
-        return None if strides is None else split(strides if self._follows(strides) else self.order, self.spec.factors)
+        return None if strides is None else split(strides if self._follows(strides) else self.order, self.norm.factors)
 
     def statistic(self, like: Tensor) -> Tensor:
         """Room for mean or rstd of its own, in the order in which kernels write it."""
-        return torch.empty_strided(self.kept, self.kept_strides, dtype=self.acc, device=like.device)
+        return torch.empty_strided(self.kept_shape, self.kept_strides, dtype=self.acc, device=like.device)
 
-    def forward(self, saved: bool, apart: bool) -> Step:
-        """`saved`: given statistics stand in the tensor of those of x, as mean and rstd (else as mean and var);
-        `apart`: mean and rstd are tensors of their own."""
+    def statistics(self, saved: Tensor) -> tuple[Tensor | None, Tensor]:
+        """mean (None for RMS) and rstd that a forward left in `saved`."""
+        mean = saved.as_strided(self.kept_shape, self.kept_strides) if self.norm.center else None
+        return mean, saved[self.rstd_at :].as_strided(self.kept_shape, self.kept_strides)
+
+    def _given(self, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+        """Given statistics in the form of those of x.  A copy: running statistics may move on before the backward."""
+        saved = torch.empty(self.saved_elements, dtype=self.acc, device=mean.device)
+        n = mean.numel()
+        saved[:n].copy_(mean)
+        torch.rsqrt(var.to(self.acc) + eps, out=saved[self.rstd_at : self.rstd_at + n])
+        return saved
+
+    def _plan_forward(self, saved: bool, apart: bool) -> Step:
+        """`saved`: mean and rstd are, or come, in one tensor; `apart`: in two.  Else they come as mean and var."""
         step = self._forward.get((saved, apart))
         if step is None:
-            summed = self.pre is not None and not self.given
+            given = self.norm.given
+            summed = self.pre is not None and not given
             total = self._operand(self.order) if self.pre is not None else None
-            shapes = Shapes(split(self.order, self.spec.factors), (
-                ("X", total if self.pre is not None and self.given else self._operand(self.x)),
+            shapes = Shapes(split(self.order, self.norm.factors), (
+                ("X", total if self.pre is not None and given else self._operand(self.x)),
                 ("PRE", self._operand(self.pre) if summed else None), ("SUM", total if summed else None),
                 ("W", self.weights), ("POST", self._operand(self.post)), ("Y", self._operand(self.order)),
             ))  # fmt: skip
-            given = "" if not self.given else "rstd" if saved else "var"
-            plan = plan_forward(self.spec, shapes, self.itemsize, self.acc, given, self.limits, self.facts)
-            names, pieces = (FORWARD_APART, ()) if apart else (FORWARD, self.spec.statistics if saved else ())
-            step = self._forward[saved, apart] = Step(plan, names, pieces)
-            if saved and not apart:
+            form = "" if not given else "rstd" if saved or apart else "var"
+            plan = plan_forward(self.norm, shapes, self.itemsize, self.acc, form, self.limits, self.facts)
+            step = self._forward[saved, apart] = Step(plan, FORWARD, self.norm.statistics if saved else ())
+            if saved:
                 self.eager = step
         return step
 
-    def backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None, apart: bool) -> Step:
+    def _plan_backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None, apart: bool) -> Step:
         key = (needs, dy.stride(), dy.dtype, None if dsum is None else (dsum.stride(), dsum.dtype), apart)
         step = self._backward.get(key)
         if step is None:
@@ -290,11 +291,72 @@ class Call:
                 ("DSUM", None if dsum is None else self._operand(dsum.stride())),
                 ("DX", order if needs[0] else None), ("DPOST", order if needs[3] else None),
             ))  # fmt: skip
-            itemsize = self.sum_dtype.itemsize
-            plan = plan_backward(self.spec, shapes, itemsize, self.acc, self.given, needs, self.limits, self.facts)
-            names, pieces = (BACKWARD_APART, ()) if apart else (BACKWARD, self.spec.statistics)
-            step = self._backward[key] = Step(plan, names, pieces)
+            itemsize, given = self.sum_dtype.itemsize, self.norm.given
+            plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, self.limits, self.facts)
+            step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics)
         return step
+
+    def forward(
+        self, operands: Operands, eps: float, momentum: float = 0.0, keep: bool = False,
+        apart: tuple[Tensor | None, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Any]:  # fmt: skip
+        """-> y, x + pre_add (None without), saved: mean and rstd, ``norm.statistics`` one after the other.
+
+        Given statistics are put into saved only to `keep` them for a backward.  `apart`: mean and rstd, each a tensor
+        as of `statistic`, to write to, or given; nothing is saved then.
+        """
+        x, w, b, pre, post, running_mean, running_var = operands
+        y = torch.empty_like(x) if self.keeps_dtype else torch.empty_like(x, dtype=self.out_dtype)
+        source, total = x, None
+        if pre is not None:
+            total = torch.empty_like(x, dtype=self.sum_dtype)
+            if self.norm.given:
+                source, pre = torch.add(x.detach(), pre.detach(), out=total), None
+        if self.copied:
+            source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
+        mean = rstd = var = saved = None
+        if apart is not None:
+            mean, rstd = apart
+        elif not self.norm.given:
+            saved = torch.empty(self.saved_elements, dtype=self.acc, device=x.device)
+        elif keep:
+            saved = self._given(running_mean, running_var, eps)  # type: ignore[arg-type]
+        else:
+            mean, var = running_mean.contiguous(), running_var.contiguous()  # type: ignore[union-attr]
+        if not self.tracks:
+            running_mean = running_var = None
+        step = self.eager if saved is not None else None
+        if step is None:
+            step = self._plan_forward(saved is not None, apart is not None)
+        step.launch(
+            (source, pre, None if pre is None else total, w, b, post, y, mean, rstd, var, running_mean, running_var,
+             saved, *step.workspace(x, self.acc)), (eps, momentum), x.get_device(),
+        )  # fmt: skip
+        return y, total, saved
+
+    def backward(
+        self, kept: tuple[Any, ...], dy: Tensor, dsum: Tensor | None, needs: Needs,
+        apart: tuple[Tensor | None, Tensor] | None = None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """-> dx, dw, db, dpost, each None where not needed.
+
+        kept: what was normalised, weight, bias, post_add, saved; mean and rstd come in the last, or `apart`."""
+        x, w, b, post, saved = kept
+        step = self._plan_backward(needs, dy, dsum, apart is not None)
+        need_dx, need_dw, need_db, need_dpost = needs
+        dx = torch.empty_like(x) if need_dx else None
+        dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
+        dw = torch.empty_like(w) if need_dw and w is not None else None
+        db = torch.empty_like(b) if need_db and b is not None else None
+        if self.copied or not (dy.stride() == self.order and dsum is None):
+            like = dx if dx is not None else torch.empty_like(x)
+            x, dy, dsum, post = (_aligned(t, like) for t in (x, dy, dsum, post))  # type: ignore[assignment]
+        mean, rstd = apart or (None, None)
+        step.launch(
+            (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x, self.acc)), (),
+            x.get_device(),
+        )  # fmt: skip
+        return dx, dw, db, dpost
 
 
 calls: dict[Any, Call] = {}
@@ -311,59 +373,4 @@ def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
     """t itself, or a copy in like's memory format where t walks memory in another order (or overlaps itself)."""
     if t is None or t.stride() == like.stride() or follows(t.stride(), like.stride(), like.shape):
         return t
-    return torch.empty_like(like, dtype=t.dtype).copy_(t)
-
-
-def forward(
-    call: Call, x: Tensor, w: Tensor | None, b: Tensor | None, pre: Tensor | None, post: Tensor | None, eps: float,
-    momentum: float = 0.0, mean: Tensor | None = None, var: Tensor | None = None, saved: Tensor | None = None,
-    running_mean: Tensor | None = None, running_var: Tensor | None = None, apart: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """-> y, s = x + pre (or x), saved: mean and rstd, ``spec.statistics`` one after the other.
-
-    Given statistics come as `mean` and `var`, or as `saved`.  `apart`: `mean` and `saved` are mean and rstd, each a
-    tensor as of ``call.statistic``: to write to, or given.
-    """
-    y = torch.empty_like(x) if call.keeps_dtype else torch.empty_like(x, dtype=call.out_dtype)
-    source, total = x, None
-    if pre is not None:
-        total = torch.empty_like(x, dtype=call.sum_dtype)
-        if call.given:
-            source, pre = torch.add(x, pre, out=total), None
-    if call.copied:
-        source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
-    if not call.given and not apart:
-        saved = torch.empty(call.saved_elements, dtype=call.acc, device=x.device)
-    step = call.eager if saved is not None and not apart else None
-    if step is None:
-        step = call.forward(saved is not None, apart)
-    scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
-    step.run(
-        (source, pre, None if pre is None else total, w, b, post, y, mean, var, running_mean, running_var, saved,
-         scratch, None),
-        (eps, momentum), x.get_device(),
-    )  # fmt: skip
-    return y, x if total is None else total, saved
-
-
-def backward(
-    call: Call, dy: Tensor, dsum: Tensor | None, x: Tensor, w: Tensor | None, b: Tensor | None, post: Tensor | None,
-    saved: Tensor, needs: Needs, mean: Tensor | None = None, apart: bool = False,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """-> dx, dw, db, dpost, each None where not needed; x is the normalised input (x + pre where there was one).
-
-    `apart`: `mean` and `saved` are mean and rstd, each a tensor as of ``call.statistic``.
-    """
-    step = call.backward(needs, dy, dsum, apart)
-    need_dx, need_dw, need_db, need_dpost = needs
-    dx = torch.empty_like(x) if need_dx else None
-    dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
-    dw = torch.empty_like(w) if need_dw and w is not None else None
-    db = torch.empty_like(b) if need_db and b is not None else None
-    if call.copied or not (dy.stride() == call.order and dsum is None):
-        like = dx if dx is not None else torch.empty_like(x)
-        x, dy, dsum, post = _aligned(x, like), _aligned(dy, like), _aligned(dsum, like), _aligned(post, like)  # type: ignore[assignment]
-    scratch = torch.empty(step.elements, dtype=call.acc, device=x.device) if step.elements else None
-    statistics = (mean, saved) if apart else (saved,)
-    step.run((x, dy, w, b, post, dsum, dx, dpost, dw, db, *statistics, scratch, None), (), x.get_device())
-    return dx, dw, db, dpost
+    return torch.empty_like(like, dtype=t.dtype).copy_(t.detach())

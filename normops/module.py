@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from . import checks
+from . import activations, checks
 from . import functional as F
-from .reference import check_activation
 
 
 class Fused(torch.nn.Module):
@@ -24,7 +23,7 @@ class Fused(torch.nn.Module):
     def __init__(
         self, *args: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        check_activation(activation)
+        activations.check(activation)
         checks.dtype(out_dtype)
         super().__init__(*args, **kwargs)
         self.activation, self.out_dtype = activation, out_dtype

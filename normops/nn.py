@@ -32,7 +32,7 @@ from torch.nn.modules import batchnorm, instancenorm
 
 from . import functional as F
 from .module import Fused, Parameters
-from .pattern import affine_shape
+from .norm import affine_shape
 
 if TYPE_CHECKING:  # all but the norms: of a name that is defined twice, mypy takes the first for good
     from torch.nn import Buffer as Buffer

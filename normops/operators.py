@@ -6,10 +6,10 @@
              activation, output_mask) -> (dx, dw, db, dpost)
 
 y = act((s - mean) · rstd · weight + bias + post_add) with s = x + pre_add.  pattern, affine and lengths say which axes
-are averaged over, and hold no size of x (:mod:`normops.form`); without lengths that is None, for AOTInductor loses
-empty lists.  weight and bias are dense, in the order of `affine`;
-pre_add and post_add have x's shape.  `mean` and `var` are given statistics.  Nothing is modified and no output aliases
-an input: what is absent (sum without pre_add, mean of an RMS norm, a gradient not asked for) has shape (0,).
+are averaged over, and hold no size of x (``Norm.written``); without lengths that is None, for AOTInductor loses empty
+lists.  weight and bias are dense, in the order of `affine`; pre_add and post_add have x's shape.  `mean` and `var` are
+given statistics.  Nothing is modified and no output aliases an input: what is absent (sum without pre_add, mean of an
+RMS norm, a gradient not asked for) has shape (0,).
 
 Eager calls of plain tensors do not come here: of a LayerNorm's forward the host would take 16 us in place of 7, and 36
 in place of 10 with a gradient (a virtual H200's launches, which do nothing, on a CPU core of 2026).
@@ -17,16 +17,17 @@ in place of 10 with a gradient (a virtual H200's launches, which do nothing, on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, overload
+from collections import namedtuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import calls, checks, composed, launch
-from .form import Form, kept_strides
+from . import calls, checks, reference
 from .launch import Call
-from .plan import Spec, accumulator
+from .norm import Norm, Operands, parse
+from .plan import accumulator
 
 NAMESPACE = "normops"
 
@@ -50,36 +51,74 @@ backward = torch.ops.normops.backward.default
 Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def decomposed_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None,
-    mean: Tensor | None, var: Tensor | None, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool,
-    eps: float, activation: str, out_dtype: torch.dtype | None = None,
-) -> Four:  # fmt: skip
+_FORWARD = namedtuple(
+    "_FORWARD",
+    "x weight bias pre_add post_add mean var pattern affine lengths center eps activation out_dtype",
+)
+_BACKWARD = namedtuple(
+    "_BACKWARD",
+    "dy dsum x weight bias post_add mean rstd pattern affine lengths center given eps activation output_mask",
+)
+
+
+class Forward(_FORWARD):
+    """The arguments of ``forward``."""
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(*self[:7])
+
+    @property
+    def given(self) -> bool:
+        return self.var is not None
+
+
+class Backward(_BACKWARD):
+    """The arguments of ``backward``.  x is what was normalised; where rstd is None, statistics are functions of it."""
+
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.x, self.weight, self.bias, None, self.post_add)
+
+
+def norm_of(a: Forward | Backward) -> Norm:
+    norm = parse(a.pattern, a.x.shape, a.affine, a.lengths)
+    return norm._replace(center=a.center, given=a.given, activation=a.activation)
+
+
+def _rule(a: Forward | Backward) -> tuple[Any, ...]:
+    """What the rule of a call is, as find() and norm_of() take it after the operands."""
+    lengths = None if a.lengths is None else tuple(a.lengths)
+    out_dtype = a.out_dtype if isinstance(a, Forward) else None
+    return checks.written, (a.pattern, a.affine, lengths, a.center, a.given), a.activation, out_dtype
+
+
+def _all(x: Tensor, found: Iterable[Tensor | None]) -> Four:
+    """What is absent has shape (0,)."""
+    first, second, third, fourth = (x.new_empty(0) if t is None else t for t in found)
+    return first, second, third, fourth
+
+
+def decomposed_forward(*arguments: Any, **named: Any) -> Four:
     """``forward`` as a composition of PyTorch operations."""
-    spec = spec_of(x, pattern, affine, lengths, center, activation)
-    y, total, *found = composed.forward(spec, eps, x, weight, bias, pre_add, post_add, mean, var, out_dtype)
-    kept = [n for i, n in enumerate(spec.shape) if i not in spec.reduced]
-    at_mean, rstd = (x.new_empty(0) if t is None else t.reshape(kept) for t in found)
-    return y, x.new_empty(0) if pre_add is None else total, at_mean if mean is None else at_mean.clone(), rstd
+    a = Forward(*arguments, **named)
+    y, total, mean, rstd = reference.normalize(norm_of(a), a.eps, a.operands, a.out_dtype)
+    if mean is not None and a.given:
+        mean = mean.clone()
+    return _all(a.x, (y, None if a.pre_add is None else total, mean, rstd))
 
 
-def decomposed_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, post_add: Tensor | None,
-    mean: Tensor | None, rstd: Tensor | None, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool,
-    given: bool, eps: float, activation: str, output_mask: Sequence[bool],
-) -> Four:  # fmt: skip
+def decomposed_backward(*arguments: Any, **named: Any) -> Four:
     """``backward`` as a composition of PyTorch operations; it is a function of x alone where rstd is None."""
-    spec = spec_of(x, pattern, affine, lengths, center, activation)
-    work = accumulator(x.dtype)
-    mean, rstd = (None if t is None or t.numel() == 0 else t.to(work) for t in (mean, rstd))
-    dx, dw, db, dpost = composed.gradients(spec, eps, dy, dsum, x, weight, bias, post_add, mean, rstd, given)
+    a = Backward(*arguments, **named)
+    work = accumulator(a.x.dtype)
+    mean, rstd = (None if t is None or t.numel() == 0 else t.to(work) for t in (a.mean, a.rstd))
+    dx, dw, db, g = reference.gradients(norm_of(a), a.eps, a.operands, a.dy, mean, rstd)
+    dx = dx if a.dsum is None else dx + a.dsum
     # Copies where either may be dy itself: of one value for each of x's, and nothing between.
-    db = db if db is None or db.shape != dy.shape else db.clone()
-    found = (dx, dw, db, None if post_add is None else dpost.to(post_add.dtype, copy=activation == "identity"))
-    dx, dw, db, dpost = (
-        x.new_empty(0) if t is None or not wanted else t for t, wanted in zip(found, output_mask, strict=True)
-    )
-    return dx, dw, db, dpost
+    db = db if db is None or db.shape != a.dy.shape else db.clone()
+    dpost = None if a.post_add is None else g.to(a.post_add.dtype, copy=a.activation == "identity")
+    return _all(a.x, (t if wanted else None for t, wanted in zip((dx, dw, db, dpost), a.output_mask, strict=True)))
 
 
 def decompositions() -> dict[Any, Callable[..., Four]]:
@@ -92,127 +131,76 @@ def decompositions() -> dict[Any, Callable[..., Four]]:
     return {forward: decomposed_forward, backward: decomposed_backward}
 
 
-def spec_of(
-    x: Tensor, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool, activation: str
-) -> Spec:
-    form = Form.read(pattern, affine)
-    return Spec(form.factors(x.shape, lengths), form.reduced, form.affine, center, activation)
-
-
-@overload
-def _operand(t: Tensor) -> Tensor: ...
-@overload
-def _operand(t: Tensor | None) -> Tensor | None: ...
-def _operand(t: Tensor | None) -> Tensor | None:
+def _plain(t: Any) -> Any:
     """A subclass that reaches a kernel is one in name only."""
-    return t if t is None or type(t) in calls.PLAIN else t.as_subclass(Tensor)
-
-
-def _lengths(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if lengths is None else tuple(lengths)
+    return t.as_subclass(Tensor) if isinstance(t, Tensor) and type(t) not in calls.PLAIN else t
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
-    return None if t is None else _operand(t.contiguous())
+    return None if t is None else t.contiguous()
 
 
-def _placed(t: Tensor, call: Call) -> Tensor:
-    """A statistic as kernels of a call write and read it."""
-    t = t.reshape(call.kept)
-    if t.dtype == call.acc and t.stride() == call.kept_strides:
-        return t
-    return call.statistic(t).copy_(t)
-
-
-def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None,
-    mean: Tensor | None, var: Tensor | None, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool,
-    eps: float, activation: str, out_dtype: torch.dtype | None,
-) -> Four:  # fmt: skip
-    x = _operand(x)
-    pre_add, post_add, mean, var = (_operand(t) for t in (pre_add, post_add, mean, var))
-    weight, bias = _dense(weight), _dense(bias)
-    given = var is not None
-    options = (pattern, affine, _lengths(lengths))
-    call = calls.find(
-        checks.formed, options, activation, out_dtype, x, weight, bias, pre_add, post_add, center, mean, var, given
-    )  # fmt: skip
+def _called(a: Forward | Backward) -> tuple[Call, Operands]:
+    operands = a.operands._replace(weight=_dense(a.weight), bias=_dense(a.bias))
+    call = calls.find(operands, *_rule(a))
     assert call is not None  # of plain tensors
-    at_mean: Tensor | None
+    return call, operands
+
+
+def _statistic(t: Tensor, call: Call) -> Tensor:
+    """mean or rstd as kernels of a call write and read it."""
+    t = t.reshape(call.kept_shape)
+    return t if t.dtype == call.acc and t.stride() == call.kept_strides else call.statistic(t).copy_(t)
+
+
+def _forward(*arguments: Any) -> Four:
+    a = Forward(*map(_plain, arguments))
+    call, operands = _called(a)
     if not call.kernels:
-        y, total, at_mean, rstd = decomposed_forward(
-            x, weight, bias, pre_add, post_add, mean, var, *options, center, eps, activation, out_dtype
-        )
-        return y, total, _placed(at_mean, call) if center else at_mean, _placed(rstd, call)
-    rstd = call.statistic(x)
-    at_mean = call.statistic(x) if center else None
-    if var is not None:
-        torch.rsqrt(var.reshape(call.kept).to(call.acc) + eps, out=rstd)
-        if at_mean is not None and mean is not None:
-            at_mean.copy_(mean.reshape(call.kept))
-    y, total, _ = launch.forward(
-        call, x, weight, bias, pre_add, post_add, eps, mean=at_mean, saved=rstd, apart=True
-    )
-    return y, x.new_empty(0) if pre_add is None else total, x.new_empty(0) if at_mean is None else at_mean, rstd
+        y, total, *found = decomposed_forward(*a)
+        mean, rstd = (t if t.numel() == 0 else _statistic(t, call) for t in found)
+        return y, total, mean, rstd
+    rstd = call.statistic(a.x)
+    at_mean = call.statistic(a.x) if a.center else None
+    if a.var is not None:
+        torch.rsqrt(a.var.reshape(call.kept_shape).to(call.acc) + a.eps, out=rstd)
+        if at_mean is not None and a.mean is not None:
+            at_mean.copy_(a.mean.reshape(call.kept_shape))
+    y, added, _ = call.forward(operands, a.eps, apart=(at_mean, rstd))
+    return _all(a.x, (y, added, at_mean, rstd))
 
 
-def _backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, post_add: Tensor | None,
-    mean: Tensor, rstd: Tensor, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool, given: bool,
-    eps: float, activation: str, output_mask: Sequence[bool],
-) -> Four:  # fmt: skip
-    dy, x, mean, rstd = (_operand(t) for t in (dy, x, mean, rstd))
-    dsum, post_add = _operand(dsum), _operand(post_add)
-    weight, bias = _dense(weight), _dense(bias)
-    options = (pattern, affine, _lengths(lengths))
-    call = calls.find(
-        checks.formed, options, activation, None, x, weight, bias, None, post_add, center, given=given
-    )
-    assert call is not None
+def _backward(*arguments: Any) -> Four:
+    a = Backward(*map(_plain, arguments))
+    call, operands = _called(a)
     if not call.kernels:
-        return decomposed_backward(
-            dy, dsum, x, weight, bias, post_add, mean, rstd, *options, center, given, eps, activation, output_mask
-        )
-    need_x, need_w, need_b, need_post = output_mask
-    found = launch.backward(
-        call, dy, dsum, x, weight, bias, post_add, _placed(rstd, call), (need_x, need_w, need_b, need_post),
-        mean=_placed(mean, call) if center else None, apart=True,
-    )  # fmt: skip
-    dx, dw, db, dpost = (x.new_empty(0) if t is None else t for t in found)
-    return dx, dw, db, dpost
+        return decomposed_backward(*a)
+    assert a.mean is not None and a.rstd is not None
+    apart = _statistic(a.mean, call) if a.center else None, _statistic(a.rstd, call)
+    kept = (a.x, operands.weight, operands.bias, a.post_add, None)
+    return _all(a.x, call.backward(kept, a.dy, a.dsum, tuple(a.output_mask), apart))
 
 
-def _fake_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, pre_add: Tensor | None, post_add: Tensor | None,
-    mean: Tensor | None, var: Tensor | None, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool,
-    eps: float, activation: str, out_dtype: torch.dtype | None,
-) -> Four:  # fmt: skip
-    operands = checks.Operands(x, weight, bias, pre_add, post_add, mean, var)
-    axes = calls.checked(checks.formed, (pattern, affine, _lengths(lengths)), activation, out_dtype, operands)
-    kept = Form.read(pattern, affine).kept(axes.factors)
-    strides = kept_strides(axes.factors, torch.empty_like(x).stride(), axes.reduced)
-    dtype = x.dtype if pre_add is None else torch.result_type(x, pre_add)
-    work = accumulator(x.dtype, dtype)
-    return (
-        torch.empty_like(x, dtype=out_dtype or x.dtype),
-        x.new_empty(0) if pre_add is None else torch.empty_like(x, dtype=dtype),
-        torch.empty_strided(kept, strides, dtype=work, device=x.device) if center else x.new_empty(0),
-        torch.empty_strided(kept, strides, dtype=work, device=x.device),
+def _fake_forward(*arguments: Any) -> Four:
+    a = Forward(*arguments)
+    norm = checks.norm_of(a.operands, *_rule(a))
+    dtype = a.x.dtype if a.pre_add is None else torch.result_type(a.x, a.pre_add)
+    strides = norm.kept_strides(torch.empty_like(a.x).stride())
+    mean, rstd = (
+        torch.empty_strided(norm.kept_shape, strides, dtype=accumulator(a.x.dtype, dtype), device=a.x.device)
+        for _ in range(2)
     )
+    total = None if a.pre_add is None else torch.empty_like(a.x, dtype=dtype)
+    return _all(a.x, (torch.empty_like(a.x, dtype=a.out_dtype or a.x.dtype), total, mean if a.center else None, rstd))
 
 
-def _fake_backward(
-    dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None, post_add: Tensor | None,
-    mean: Tensor, rstd: Tensor, pattern: str, affine: str, lengths: Sequence[int] | None, center: bool, given: bool,
-    eps: float, activation: str, output_mask: Sequence[bool],
-) -> Four:  # fmt: skip
-    found = (x, _dense(weight), _dense(bias), post_add)
-    like = (None, None, None, x)
-    dx, dw, db, dpost = (
-        x.new_empty(0) if t is None or not wanted else torch.empty_like(t if o is None else o, dtype=t.dtype)
-        for t, o, wanted in zip(found, like, output_mask, strict=True)
-    )
-    return dx, dw, db, dpost
+def _fake_backward(*arguments: Any) -> Four:
+    a = Backward(*arguments)
+    dpost = None if a.post_add is None else torch.empty_like(a.x, dtype=a.post_add.dtype)
+    found = (a.x, _dense(a.weight), _dense(a.bias), dpost)
+    return _all(a.x, (
+        None if t is None or not wanted else torch.empty_like(t) for t, wanted in zip(found, a.output_mask, strict=True)
+    ))  # fmt: skip
 
 
 for _name, _run, _fake in (("forward", _forward, _fake_forward), ("backward", _backward, _fake_backward)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -13,6 +13,7 @@ import triton.language as tl
 from . import schedule
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
+from .norm import Norm
 from .schedule import Device, Limits, column_tile, stream
 from .ticketing import Tickets
 from .tile import Tile, vector
@@ -22,29 +23,6 @@ CHEAP = ("identity", "relu", "leaky_relu")
 """Activations of an instruction or two."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-class Spec(NamedTuple):
-    """What is normalised, free of sizes of memory: the hashable part of a call."""
-
-    factors: tuple[tuple[int, ...], ...]
-    """For each axis of x the sizes it splits into."""
-    reduced: tuple[int, ...]
-    """Axes of the split shape that are averaged over."""
-    affine: tuple[int, ...]
-    """Axes of the split shape along which weight and bias vary, in the order of the weight's axes."""
-    center: bool
-    activation: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(n for sizes in self.factors for n in sizes)
-
-    @property
-    def statistics(self) -> tuple[tuple[str, int], ...]:
-        """(name, elements) of what a forward leaves for the backward, in the memory order of the kept axes of y."""
-        groups = prod(n for i, n in enumerate(self.shape) if i not in self.reduced)
-        return (("mean", groups), ("rstd", groups)) if self.center else (("rstd", groups),)
 
 
 @dataclass(frozen=True)
@@ -110,7 +88,7 @@ def accumulator(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def weight_strides(spec: Spec) -> tuple[int, ...]:
+def weight_strides(spec: Norm) -> tuple[int, ...]:
     shape = spec.shape
     sizes = tuple(shape[i] for i in spec.affine)
     strides = dict(zip(spec.affine, dense_strides(sizes), strict=True))
@@ -162,7 +140,7 @@ class Planner:
     """Bytes of x, as a share of L2, up to which a launch for each visit is predicted faster than one for both."""
 
     def __init__(
-        self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device
+        self, spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device
     ) -> None:
         self.spec, self.shapes, self.itemsize, self.acc, self.acc_bytes = spec, shapes, itemsize, acc, acc.itemsize
         self.limits, self.device = limits, device

@@ -9,7 +9,8 @@ from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
-from .plan import CHEAP, Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
+from .norm import Norm
+from .plan import CHEAP, Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, along_m, in_rows, next_power_of_2, sideways, vector
@@ -23,7 +24,7 @@ NONE = ("", "")
 
 
 def plan_backward(
-    spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: bool, needs: Needs, limits: Limits,
+    spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, given: bool, needs: Needs, limits: Limits,
     device: Device,
 ) -> Plan:  # fmt: skip
     """Launches of a backward call; needs = (dx, dw, db, dpost); given: the statistics were constants."""
@@ -35,7 +36,7 @@ class _Backward(Planner):
     """The launches of one call as they come, and the workspace that they ask for."""
 
     def __init__(
-        self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, needs: Needs
+        self, spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, needs: Needs
     ) -> None:
         super().__init__(spec, shapes, itemsize, acc, limits, device)
         _, self.dw, self.db, _ = needs

@@ -12,7 +12,8 @@ from .kernels.finish import finish
 from .kernels.resident import normalize
 from .kernels.stream import stream
 from .layout import Layout
-from .plan import Launch, Plan, Planner, Spec, alike, cdiv, cut, fold, kept_blocks, kept_first, named
+from .norm import Norm
+from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Device, Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, in_rows, next_power_of_2, sideways
@@ -24,7 +25,7 @@ OUT = ("w", "b", "post", "y")
 
 
 def plan_forward(
-    spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, given: str, limits: Limits, device: Device
+    spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, given: str, limits: Limits, device: Device
 ) -> Plan:
     """Launches of a forward call; `given` is "" (statistics of x), "var" or "rstd" (statistics given)."""
     planner = _Forward(spec, shapes, itemsize, acc, limits, device, given)
@@ -35,7 +36,7 @@ class _Forward(Planner):
     """What the launches of one call have in common."""
 
     def __init__(
-        self, spec: Spec, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, given: str
+        self, spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, given: str
     ) -> None:
         super().__init__(spec, shapes, itemsize, acc, limits, device)
         self.given = given

@@ -11,10 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
-
 from . import operators
-from .form import Form
 
 Sharding = tuple[list[Any], list[Any]]
 """Placements of the tensors that an operator returns, and of its arguments: None for what is no tensor."""
@@ -47,86 +44,72 @@ def register() -> None:
         propagator.op_to_schema_info[operator] = RuntimeSchemaInfo(first, needs_pytree=True)
 
 
-def meet(x: Any) -> None:
+def register_for(x: Any) -> None:
     """register(), if x is a DTensor."""
     if type(x).__name__ == "DTensor":
         register()
 
 
-def _cuts(form: Form, parameter: Any, statistic: Any, given: bool) -> Iterator[Cut]:
+def _cuts(a: operators.Forward | operators.Backward, statistic: Any) -> Iterator[Cut]:
     """The ways to place a norm's tensors: all replicated, then along each axis of x that may be sharded.
 
-    parameter and statistic stand for weight or bias, and for mean or rstd; their ranks are what counts.
+    statistic stands for mean or rstd; its rank is what counts.
     """
     from torch.distributed.tensor import Partial, Replicate, Shard
 
+    norm, parameter = operators.norm_of(a), a.weight if a.bias is None else a.bias
     whole = Replicate()
     yield Cut(whole, whole, whole, whole)
-    kept = [i for i in range(sum(form.ranks)) if i not in form.reduced]
+    kept = [i for i in range(len(norm.shape)) if i not in norm.reduced]
     named = statistic is None or statistic.ndim == len(kept)
     i = 0
-    for axis, rank in enumerate(form.ranks):
-        at, i = i, i + rank
-        if rank > 1 or (at in form.reduced and not given):
-            continue
-        if at in kept and not named:
+    for axis, sizes in enumerate(norm.factors):
+        at, i = i, i + len(sizes)
+        if len(sizes) > 1 or (at in norm.reduced and not norm.given) or (at in kept and not named):
             continue
         along: Any = Shard(kept.index(at)) if at in kept else whole
-        if at not in form.affine or parameter is None:
+        if at not in norm.affine or parameter is None:
             yield Cut(Shard(axis), whole, Partial(), along)
-        elif parameter.ndim == len(form.affine):
-            with_x = Shard(form.affine.index(at))
+        elif parameter.ndim == len(norm.affine):
+            with_x = Shard(norm.affine.index(at))
             yield Cut(Shard(axis), with_x, with_x, along)
 
 
-def _placed(tensors: Sequence[Any], placements: Sequence[Any]) -> list[Any]:
-    return [None if t is None else placement for t, placement in zip(tensors, placements, strict=True)]
+def _placed(
+    arguments: Sequence[Any], placements: Sequence[Any], present: Sequence[bool], returned: Sequence[Any], absent: Any
+) -> Sharding:
+    """Of a cut.  What is absent is returned too, with shape (0,)."""
+    given = [None if t is None else p for t, p in zip(arguments, placements, strict=False)]
+    outputs = [p if here else absent for here, p in zip(present, returned, strict=True)]
+    return outputs, given + [None] * (len(arguments) - len(placements))
 
 
-def _returned(present: Sequence[bool], placements: Sequence[Any], absent: Any) -> list[Any]:
-    """What is absent is returned too, with shape (0,)."""
-    return [placement if here else absent for here, placement in zip(present, placements, strict=True)]
-
-
-def _forward(
-    x: Any, weight: Any, bias: Any, pre_add: Any, post_add: Any, mean: Any, var: Any, pattern: str, affine: str,
-    lengths: Any, center: bool, eps: float, activation: str, out_dtype: torch.dtype | None,
-) -> list[Sharding]:  # fmt: skip
-    cuts = list(_cuts(Form.read(pattern, affine), weight if bias is None else bias, var, var is not None))
-    present = (True, pre_add is not None, center, True)
-    tensors = (x, weight, bias, pre_add, post_add, mean, var)
+def _forward(*arguments: Any) -> list[Sharding]:
+    a = operators.Forward(*arguments)
+    cuts = list(_cuts(a, a.var))
+    present = (True, a.pre_add is not None, a.center, True)
     return [
-        (
-            _returned(present, (c.x, c.x, c.statistic, c.statistic), cuts[0].x),
-            [
-                *_placed(tensors, (c.x, c.parameter, c.parameter, c.x, c.x, c.statistic, c.statistic)),
-                *(None,) * 7,
-            ],
+        _placed(
+            a, (c.x, c.parameter, c.parameter, c.x, c.x, c.statistic, c.statistic), present,
+            (c.x, c.x, c.statistic, c.statistic), cuts[0].x,
         )
         for c in cuts
-    ]
+    ]  # fmt: skip
 
 
-def _backward(
-    dy: Any, dsum: Any, x: Any, weight: Any, bias: Any, post_add: Any, mean: Any, rstd: Any, pattern: str,
-    affine: str, lengths: Any, center: bool, given: bool, eps: float, activation: str, output_mask: Sequence[bool],
-) -> list[Sharding]:  # fmt: skip
-    cuts = list(_cuts(Form.read(pattern, affine), weight if bias is None else bias, rstd, given))
-    present = [
-        t is not None and wanted for t, wanted in zip((x, weight, bias, post_add), output_mask, strict=True)
-    ]
-    tensors = (dy, dsum, x, weight, bias, post_add, mean, rstd)
+def _backward(*arguments: Any) -> list[Sharding]:
+    a = operators.Backward(*arguments)
+    cuts = list(_cuts(a, a.rstd))
     whole = cuts[0].x
+    present = [
+        t is not None and wanted
+        for t, wanted in zip((a.x, a.weight, a.bias, a.post_add), a.output_mask, strict=True)
+    ]
     return [
-        (
-            _returned(present, (c.x, c.gradient, c.gradient, c.x), whole),
-            [
-                *_placed(
-                    tensors,
-                    (c.x, c.x, c.x, c.parameter, c.parameter, c.x, c.statistic if center else whole, c.statistic),
-                ),
-                *(None,) * 8,
-            ],
+        _placed(
+            a,
+            (c.x, c.x, c.x, c.parameter, c.parameter, c.x, c.statistic if a.center else whole, c.statistic),
+            present, (c.x, c.gradient, c.gradient, c.x), whole,
         )
         for c in cuts
-    ]
+    ]  # fmt: skip

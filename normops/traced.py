@@ -1,4 +1,4 @@
-"""The way of calls that PyTorch looks into: compilers, exporters, transforms, tensors that stand for others.
+"""Calls that PyTorch looks into: under compilers, exporters and transforms, or of tensors that stand for others.
 
 They go through the registered operators, or, where :class:`decompose` is on, through the formula in PyTorch's own
 operations, which a compiler fuses with what stands before and after.
@@ -6,17 +6,21 @@ operations, which a compiler fuses with what stands before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import calls, checks, operators, sharding, transforms
-from .checks import Axes, Operands
+from . import operators, sharding, transforms
+from .norm import Norm, Operands, laid_out
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state  # torch.jit.trace
 
 decomposing = False
 
@@ -49,53 +53,43 @@ class decompose:
         decomposing = self._before
 
 
+def watched() -> bool:
+    """Whether PyTorch traces or transforms what is computed now."""
+    return bool(
+        is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0
+        or _tracing() is not None
+    )  # fmt: skip
+
+
 class Result(NamedTuple):
     y: Tensor
-    sum: Tensor | None
+    sum: Tensor
     mean: Tensor | None
+    """None for RMS; both statistics are shaped like the kept axes of the split shape."""
     rstd: Tensor
 
 
-def normalize(
-    check: Callable[..., Axes], options: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None,
-    eps: float, operands: Operands, center: bool, given: bool,
-) -> tuple[Axes, Result]:  # fmt: skip
-    """What a call means, and y, sum (None without pre_add), mean (None for RMS) and rstd, shaped like the kept axes of
-    the split shape.  With `given`, running statistics stand in for those of x."""
+def normalize(norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None, plain: bool) -> Result:
+    """`plain`: an eager call of plain tensors, for which there are no kernels."""
     if not is_dynamo_compiling():
-        sharding.meet(operands.x)
-    axes = calls.checked(check, options, activation, out_dtype, operands)
-    x, weight, bias, pre_add, post_add, mean, var = operands
-    if not given:
-        mean = var = None
-    sizes = [n for parts in axes.factors for n in parts]
-    weight, bias = (_dense(t, axes, sizes) for t in (weight, bias))
-    pre_add, post_add = (None if t is None else t.expand(x.shape) for t in (pre_add, post_add))
-    tensors = (x, weight, bias, pre_add, post_add, mean, var)
-    form = (*checks.written(axes), center, float(eps), activation or "identity", out_dtype)
+        sharding.register_for(operands.x)
+    laid = laid_out(norm, operands)
+    arguments = (
+        *laid[:5], *(laid[5:] if norm.given else (None, None)), *norm.written, eps, norm.activation, out_dtype
+    )  # fmt: skip
     levels = set() if is_dynamo_compiling() else _levels()
-    if decomposing or (len(levels) > 1 and TransformType.Functionalize in levels):
-        found = operators.decomposed_forward(*tensors, *form)
-    elif not levels or TransformType.Functionalize in levels:
-        found = operators.forward(*tensors, *form)
+    if not plain and (decomposing or (len(levels) > 1 and TransformType.Functionalize in levels)):
+        y, total, mean, rstd = operators.decomposed_forward(*arguments)
+    elif not plain and (not levels or TransformType.Functionalize in levels):
+        y, total, mean, rstd = operators.forward(*arguments)
     else:  # torch.func must meet the Function, not the operator that holds it
-        found = transforms.Forward.apply(*tensors, *form)  # type: ignore[no-untyped-call]
-    y, total, at_mean, rstd = found
-    return axes, Result(y, None if pre_add is None else total, at_mean if center else None, rstd)
+        y, total, mean, rstd = transforms.Forward.apply(*arguments)  # type: ignore[no-untyped-call]
+    return Result(y, total, mean if norm.center else None, rstd)
 
 
 def _levels() -> set[TransformType]:
     """The transforms of torch.func that are on.  All but functionalize want autograd Functions, which it has no rule
     for."""
-    if not torch._C._are_functorch_transforms_active():
+    if not _transforms_active():
         return set()
     return {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
-
-
-def _dense(t: Tensor | None, axes: Axes, sizes: list[int]) -> Tensor | None:
-    """A parameter as operators take it."""
-    if t is None:
-        return None
-    if axes.weight_shape is not None:
-        t = t.expand(axes.weight_shape).reshape([sizes[i] for i in axes.affine])
-    return t.contiguous()

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import composed, operators, sharding
-from .form import Form
-from .plan import accumulator
+from . import operators, sharding
+from .norm import batched
 
 Tensors = Sequence[Tensor | None]
 Dims = tuple[int | None, ...]
+Function = Callable[..., operators.Four]
 
 CONSTANT = (
     "running_mean and running_var are constants where they stand in for the statistics of x: expected tensors that "
@@ -38,33 +38,31 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(*inputs: Any) -> operators.Four:
-        sharding.meet(inputs[0])  # here for vmap
+        sharding.register_for(inputs[0])  # here for vmap
         with _below():
             found: operators.Four = operators.forward(*inputs)
         return found
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: operators.Four) -> None:
-        x, weight, bias, pre_add, post_add, mean, var, *options = inputs
+        a = operators.Forward(*inputs)
         _, total, at_mean, rstd = output
         if any(ctx.needs_input_grad[5:7]):
             raise RuntimeError(CONSTANT)
-        ctx.options, ctx.given = options, var is not None
-        ctx.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
+        ctx.options, ctx.given = inputs[7:], a.given
+        ctx.dtypes = tuple(None if t is None else t.dtype for t in (a.x, a.pre_add, a.post_add))
         ctx.set_materialize_grads(False)
         summed = ctx.needs_input_grad[0] or ctx.needs_input_grad[3] or forward_ad._current_level >= 0
-        ctx.mark_non_differentiable(at_mean, rstd, *(() if pre_add is not None and summed else (total,)))
-        kept = None if options[5] == "identity" else post_add
-        ctx.save_for_backward(x if pre_add is None else total, weight, bias, kept, at_mean, rstd)
-        ctx.save_for_forward(x, weight, bias, pre_add, post_add, mean, var)
+        ctx.mark_non_differentiable(at_mean, rstd, *(() if a.pre_add is not None and summed else (total,)))
+        post_add = None if a.activation == "identity" else a.post_add
+        ctx.save_for_backward(a.x if a.pre_add is None else total, a.weight, a.bias, post_add, at_mean, rstd)
+        ctx.save_for_forward(*inputs[:7])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        total, weight, bias, post_add, mean, rstd = ctx.saved_tensors
-        found = gradients(
-            dy, dsum, total, weight, bias, post_add, mean, rstd, ctx.options[:-1], ctx.given, ctx.dtypes,
-            ctx.needs_input_grad[:5],
-        )  # fmt: skip
+        *form, eps, activation, _ = ctx.options
+        run = partial(by_operator, ctx.saved_tensors, (*form, ctx.given, eps, activation), dy, dsum)
+        found = gradients(run, dy, dsum, ctx.dtypes, ctx.needs_input_grad[:5], activation == "identity")
         return *found, *(None,) * (2 + len(ctx.options))
 
     @staticmethod
@@ -72,24 +70,9 @@ class Forward(torch.autograd.Function):
         if any(t is not None for t in tangents[5:7]):
             raise RuntimeError(CONSTANT)
         with forward_ad._set_fwd_grad_enabled(True):
-            return Forward._jvp(ctx, *tangents[:5])
-
-    @staticmethod
-    def _jvp(
-        ctx: Any, tx: Tensor | None, tw: Tensor | None, tb: Tensor | None, tpre: Tensor | None, tpost: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, pre_add, post_add, mean, var = _primals(ctx.saved_tensors)
-        pattern, affine, lengths, center, eps, activation, out_dtype = ctx.options
-        s, ts = x, tx
-        if pre_add is not None:
-            s = x + pre_add
-            ts = tpre if tx is None else tx if tpre is None else tx + tpre
-            # Not the tangent of an operand itself: outputs may be modified.
-            ts = torch.zeros_like(s) if ts is None else ts.to(s.dtype, copy=tx is None or tpre is None)
-        rstd = None if var is None else torch.rsqrt(var.to(accumulator(s.dtype)) + eps)
-        spec = operators.spec_of(s, pattern, affine, lengths, center, activation)
-        ty = composed.tangent(spec, eps, s, weight, bias, post_add, (ts, tw, tb, tpost), mean, rstd, ctx.given)
-        return ty.to(out_dtype or x.dtype), None if pre_add is None else ts, None, None
+            function = lambda *tensors: operators.decomposed_forward(*tensors, *ctx.options)  # noqa: E731
+            ty, ts, *_ = _pushforward(function, _primals(ctx.saved_tensors), tangents[:7])
+            return ty, None if ctx.saved_tensors[3] is None else ts, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any, run: Any = None) -> tuple[operators.Four, Dims]:
@@ -97,8 +80,7 @@ class Forward(torch.autograd.Function):
         own = in_dims[1] is not None or in_dims[2] is not None
         every = (True, own, own, True, True, True, True)
         tensors = _batched(inputs[:7], in_dims[:7], every, info.batch_size)
-        form = Form.read(pattern, affine).batched(own)
-        out = (run or Forward.apply)(*tensors, *form.strings, *options)
+        out = (run or Forward.apply)(*tensors, *batched(pattern, affine, own), *options)
         return out, (0, None if inputs[3] is None else 0, 0 if options[1] else None, 0)
 
 
@@ -122,15 +104,15 @@ class Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Any, ...]:
-        function, primals = _gradient(ctx.saved_tensors, ctx.options)
-        found = _pullback(function, primals, cotangents, ctx.needs_input_grad[:6])
+        function = _gradient(ctx.saved_tensors, ctx.options)
+        found = _pullback(function, ctx.saved_tensors[:6], cotangents, ctx.needs_input_grad[:6])
         return *found, *(None,) * (2 + len(ctx.options))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         with forward_ad._set_fwd_grad_enabled(True):
-            function, primals = _gradient(_primals(ctx.saved_tensors), ctx.options)
-            found = _pushforward(function, primals, tangents[:6])
+            primals = _primals(ctx.saved_tensors)
+            found = _pushforward(_gradient(primals, ctx.options), primals[:6], tangents[:6])
         return tuple(t if wanted else None for t, wanted in zip(found, ctx.options[-1], strict=True))
 
     @staticmethod
@@ -141,50 +123,49 @@ class Backward(torch.autograd.Function):
         own = in_dims[3] is not None or in_dims[4] is not None or mask[1] or mask[2]
         every = (True, True, True, own, own, True, True, True)
         tensors = _batched(inputs[:8], in_dims[:8], every, info.batch_size)
-        form = Form.read(pattern, affine).batched(own)
-        out = (run or Backward.apply)(*tensors, *form.strings, *options)
+        out = (run or Backward.apply)(*tensors, *batched(pattern, affine, own), *options)
         return out, tuple(0 if wanted else None for wanted in mask)
 
 
 def gradients(
-    dy: Tensor | None, dsum: Tensor | None, total: Tensor, weight: Tensor | None, bias: Tensor | None,
-    post_add: Tensor | None, mean: Tensor | None, rstd: Tensor, options: Sequence[Any], given: bool,
-    dtypes: Sequence[torch.dtype | None], needs: Sequence[bool],
+    run: Callable[[tuple[bool, ...]], Tensors], dy: Tensor | None, dsum: Tensor | None,
+    dtypes: Sequence[torch.dtype | None], needs: Sequence[bool], plain: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of x, weight, bias, pre_add and post_add, differentiable, where they are needed.
+    """Gradients of x, weight, bias, pre_add and post_add, where they are needed.
 
-    options: pattern, affine, lengths, center, eps, activation; dtypes: of x, pre_add and post_add.
+    `run` takes which of dx, dw, db and dpost are wanted, and returns them; dtypes: of x, pre_add and post_add; `plain`:
+    no activation follows post_add.
     """
     need_x, need_w, need_b, need_pre, need_post = needs
-    if dy is None:
-        return gradients_of_sum(dsum, dtypes, needs)
-    *form, eps, activation = options
-    plain = activation == "identity"  # then g is dy
     mask = (need_x or need_pre, need_w, need_b, need_post and not plain)
-    found: Tensors = (None,) * 4
-    if any(mask):
-        run: Any = operators.backward if is_dynamo_compiling() else Backward.apply
-        found = run(
-            dy, dsum, total, weight, bias, None if plain else post_add, total.new_empty(0) if mean is None else mean,
-            rstd, *form, given, eps, activation, mask,
-        )  # fmt: skip
-    dx, dw, db, dpost = (t if wanted else None for t, wanted in zip(found, mask, strict=True))
+    if dy is None:  # nothing flows back through y
+        dx, dw, db, dpost = dsum, None, None, None
+    else:
+        dx, dw, db, dpost = run(mask) if any(mask) else (None, None, None, None)
+        dpost = dy if plain else dpost
     return (
-        dx.to(dtypes[0]) if need_x and dx is not None else None, dw, db,
-        dx.to(dtypes[1]) if need_pre and dx is not None else None,
-        dy.to(dtypes[2]) if need_post and plain else dpost,
+        _cast(dx, dtypes[0]) if need_x else None, dw, db, _cast(dx, dtypes[1]) if need_pre else None,
+        _cast(dpost, dtypes[2]) if need_post else None,
     )  # fmt: skip
 
 
-def gradients_of_sum(
-    dsum: Tensor | None, dtypes: Sequence[torch.dtype | None], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Those of x, weight, bias, pre_add and post_add where nothing flows back through y."""
-    dx, dpre = (
-        dsum.to(dtype) if dsum is not None and dtype is not None and needed else None
-        for dtype, needed in ((dtypes[0], needs[0]), (dtypes[1], needs[3]))
-    )
-    return dx, None, None, dpre, None
+def _cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+    return t if t is None or t.dtype == dtype else t.to(dtype)
+
+
+def by_operator(
+    kept: Tensors, options: Sequence[Any], dy: Tensor | None, dsum: Tensor | None, mask: tuple[bool, ...]
+) -> Tensors:
+    """dx, dw, db, dpost, differentiable.
+
+    kept: what was normalised, weight, bias, post_add, mean, rstd; options: pattern, affine, lengths, center, given,
+    eps, activation.
+    """
+    total, weight, bias, post_add, mean, rstd = kept
+    run: Any = operators.backward if is_dynamo_compiling() else Backward.apply
+    mean = total.new_empty(0) if mean is None else mean  # type: ignore[union-attr]
+    found = run(dy, dsum, total, weight, bias, post_add, mean, rstd, *options, mask)
+    return [t if wanted else None for t, wanted in zip(found, mask, strict=True)]
 
 
 def _primals(saved: Tensors) -> list[Any]:
@@ -194,34 +175,14 @@ def _primals(saved: Tensors) -> list[Any]:
     return [None if t is None else forward_ad.unpack_dual(t).primal for t in saved]
 
 
-def _gradient(saved: Tensors, options: Sequence[Any]) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor | None]]:
-    """``backward`` as a differentiable function of dy, dsum, x, weight, bias and post_add, and its arguments here."""
-    *primals, mean, rstd = saved
-    given = options[4]
-
-    def function(*tensors: Tensor | None) -> tuple[Tensor, ...]:
-        arguments: list[Any] = [*tensors, mean if given else None, rstd if given else None, *options]
-        return operators.decomposed_backward(*arguments)
-
-    return function, primals
-
-
-def _along(
-    function: Callable[..., tuple[Tensor, ...]], primals: Tensors, places: Sequence[int]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """The function of those at some places, the others as they are."""
-
-    def along(*tensors: Tensor) -> tuple[Tensor, ...]:
-        operands = list(primals)
-        for i, t in zip(places, tensors, strict=True):
-            operands[i] = t
-        return function(*operands)
-
-    return along
+def _gradient(saved: Tensors, options: Sequence[Any]) -> Function:
+    """``backward`` as a differentiable function of dy, dsum, x, weight, bias and post_add."""
+    statistics = saved[6:] if options[4] else (None, None)  # constants, or functions of x
+    return lambda *tensors: operators.decomposed_backward(*tensors, *statistics, *options)
 
 
 def _pullback(
-    function: Callable[..., tuple[Tensor, ...]], primals: Tensors, cotangents: Tensors, needs: Sequence[bool]
+    function: Function, primals: Tensors, cotangents: Tensors, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     wanted = [i for i, (t, needed) in enumerate(zip(primals, needs, strict=True)) if needed and t is not None]
     flowing = [i for i, t in enumerate(cotangents) if t is not None]
@@ -229,10 +190,9 @@ def _pullback(
     if not wanted or not flowing:
         return found
 
-    of_wanted = _along(function, primals, wanted)
-
     def through(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out = of_wanted(*tensors)
+        moving = dict(zip(wanted, tensors, strict=True))
+        out = function(*(moving.get(i, t) for i, t in enumerate(primals)))
         return tuple(out[i] for i in flowing)
 
     arguments: list[Any] = [primals[i] for i in wanted]
@@ -255,19 +215,14 @@ def _pullback(
     return found
 
 
-def _pushforward(
-    function: Callable[..., tuple[Tensor, ...]], primals: Tensors, tangents: Tensors
-) -> tuple[Tensor, ...]:
-    moving = [i for i, t in enumerate(tangents) if t is not None]
-    along = _along(function, primals, moving)
-    arguments: Any = tuple(primals[i] for i in moving)
-    given: Any = tuple(tangents[i] for i in moving)
-    found: tuple[Tensor, ...]
-    if _transforms_active():
-        found = torch.func.jvp(along, arguments, given)[1]
-    else:  # one level of forward mode exists outside torch.func, and it is in use: J v = d/du <J^T u, v>.
-        found = torch.autograd.functional.jvp(along, arguments, given, create_graph=torch.is_grad_enabled())[1]
-    return found
+def _pushforward(function: Function, primals: Tensors, tangents: Tensors) -> list[Tensor]:
+    """Tangents of what a function returns, by dual numbers of the level that is on."""
+    duals = [
+        t if t is None or tangent is None else forward_ad.make_dual(t, tangent)
+        for t, tangent in zip(primals, tangents, strict=True)
+    ]
+    found = (forward_ad.unpack_dual(t) for t in function(*duals))
+    return [torch.zeros_like(t) if tangent is None else tangent for t, tangent in found]
 
 
 def _batched(tensors: Tensors, dims: Sequence[int | None], every: Sequence[bool], size: int) -> list[Tensor | None]:
@@ -283,7 +238,7 @@ def _register(name: str, function: Any, operator: Any, composed: Callable[..., o
     """Autograd, and vmap where it meets the operator itself."""
 
     def autograd(*inputs: Any) -> Any:
-        sharding.meet(inputs[0])  # here for compiled programs
+        sharding.register_for(inputs[0])  # here for compiled programs
         if _transforms_active():  # torch.func met the operator itself, and not the Function before it
             return composed(*inputs)
         needed = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:count])

@@ -140,8 +140,8 @@ def test_selective_checkpoint(name: str, saved: bool, device: torch.device, monk
     args = operands(device)
     expected = run(copy.deepcopy(norm), *args)
     forwards: list[int] = []
-    kernels = launch.forward
-    monkeypatch.setattr(launch, "forward", lambda *a, **k: (forwards.append(1), kernels(*a, **k))[1])
+    kernels = launch.Call.forward
+    monkeypatch.setattr(launch.Call, "forward", lambda *a, **k: (forwards.append(1), kernels(*a, **k))[1])
 
     def policy(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         keep = saved and op == torch.ops.normops.forward.default

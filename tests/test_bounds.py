@@ -37,7 +37,7 @@ def judged(
     def call(i: providers.Inputs) -> providers.Outputs:
         (z,) = providers.before_activation(case, i)
         at = z.detach().requires_grad_()
-        y = providers.ACTIVATIONS[activation](at)
+        y = providers.ACTIVATIONS[activation].function(at)
         (slope,) = torch.autograd.grad(y.sum(), at)
         slope[first] = torch.tensor(slopes)
         return (y.detach() + (z - z.detach()) * slope,)
@@ -64,7 +64,7 @@ def test_beside_a_kink_only_its_own_derivative_is_right(
 ) -> None:
     places = [kink - 1e-4, kink + 1e-4]
     right = torch.tensor(places, requires_grad=True)
-    (slopes,) = torch.autograd.grad(providers.ACTIVATIONS[activation](right).sum(), right)
+    (slopes,) = torch.autograd.grad(providers.ACTIVATIONS[activation].function(right).sum(), right)
     assert slopes.tolist() == pytest.approx([below, above], abs=1e-4)
     shares, kinks = judged(activation, places, slopes.tolist(), "post_add")
     assert max(shares.values()) <= 1 and kinks == 0, shares

@@ -289,8 +289,8 @@ def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatc
     monkeypatch.setattr(normops.traced, "normalize", refuse)
     monkeypatch.setattr(normops.transforms.Backward, "apply", refuse)
     ran: list[str] = []
-    original = launch.backward
-    monkeypatch.setattr(launch, "backward", lambda *a, **k: (ran.append("backward"), original(*a, **k))[1])
+    original = launch.Call.backward
+    monkeypatch.setattr(launch.Call, "backward", lambda *a, **k: (ran.append("backward"), original(*a, **k))[1])
     for build in MODULES.values():
         results(build().to(device), batch(2, device), {})
     assert len(ran) == len(MODULES)

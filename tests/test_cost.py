@@ -20,9 +20,10 @@ from bench import providers, verify
 from bench.cases import CASES, Case
 from normops import functional as F
 from normops import launch, schedule
+from normops import norm as norms
 from normops.kernels.resident import grad_normalize
 from normops.layout import dense_strides
-from normops.plan import Plan, Spec, weight_strides
+from normops.plan import Plan, weight_strides
 from normops.plan_backward import plan_backward
 from normops.plan_forward import plan_forward
 from normops.testing import Planned, Traffic, cost, plans, traffic
@@ -199,16 +200,16 @@ BATCH, ROWS = ((0, 2), (1,)), ((2,), (2,))
 def planned(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *operands: str) -> Plan:
     """The plan of a norm with parameters and these operands beside them (the backward's if dy is one)."""
     n, c, s = shape
-    spec = Spec(((n,), (c,), (s,)), *axes, True, "identity")
+    norm = norms.Norm(((n,), (c,), (s,)), *axes)
     dense = dense_strides(shape)
     backward = "dy" in operands
     names = ("X", "DY", "W", "POST", "DSUM", "DX", "DPOST") if backward else ("X", "PRE", "SUM", "W", "POST", "Y")
-    strides = {"W": weight_strides(spec), **dict.fromkeys(map(str.upper, operands), dense)}
+    strides = {"W": weight_strides(norm), **dict.fromkeys(map(str.upper, operands), dense)}
     shapes = Shapes(dense, tuple((name, strides.get(name)) for name in names))
     given = (schedule.limits(), schedule.H200)
     if backward:
-        return plan_backward(spec, shapes, 2, torch.float32, False, (True, True, True, False), *given)
-    return plan_forward(spec, shapes, 2, torch.float32, "", *given)
+        return plan_backward(norm, shapes, 2, torch.float32, False, (True, True, True, False), *given)
+    return plan_forward(norm, shapes, 2, torch.float32, "", *given)
 
 
 def split(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *operands: str) -> Plan:

@@ -193,13 +193,13 @@ def test_vmap_over_x_alone_cannot_move_running_statistics(device: torch.device) 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
     """The needs of every backward that is launched."""
     found: list[tuple[bool, ...]] = []
-    original = launch.backward
+    original = launch.Call.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        found.append(args[8])
+        found.append(args[4])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(launch, "backward", backward)
+    monkeypatch.setattr(launch.Call, "backward", backward)
     return found
 
 

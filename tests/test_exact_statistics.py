@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from normops import functional as F
+from normops import norm as norms
 from normops import reference, schedule
 from normops.testing import plans
 from tests import tolerance
@@ -98,9 +99,9 @@ class Case:
 
     def plain(self, data: Tensor) -> Found:
         """The same of normops.reference."""
-        shape = [n if i in self.norm.affine_axes else 1 for i, n in enumerate(self.sizes)]
-        w, b = (self.parameter(v).view(shape) for v in (WEIGHT, BIAS))
-        y, _, mean, rstd = reference.normalize(self.spread(data).view(self.sizes), self.norm.reduced, w, b, eps=EPS)
+        norm = norms.Norm(tuple((n,) for n in self.sizes), self.norm.reduced, self.norm.affine_axes)
+        operands = norms.Operands(self.spread(data).view(self.sizes), self.parameter(WEIGHT), self.parameter(BIAS))
+        y, _, mean, rstd = reference.normalize(norm, EPS, operands)
         return Found(self.gathered(y), mean.flatten(), rstd.flatten())
 
     def summed(self, data: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_medians_are_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_breakdown_is_differences_of_what_encloses_what() -> None:
     medians = {
-        "lookup": 1.0, "normalize": 9.0, "forward": 5.0, "forward run": 3.0, "backward": 8.0, "backward run": 6.0,
+        "lookup": 1.0, "apply": 4.0, "forward": 5.0, "forward launch": 3.0, "backward": 8.0, "backward launch": 6.0,
     }  # fmt: skip
     found = host.breakdown({name: (t, t) for name, t in medians.items()}, (11.0, 33.0))
     assert found["forward"] == {

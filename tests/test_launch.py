@@ -42,7 +42,7 @@ def test_direct_launches_pass_what_the_binder_passes() -> None:
     """Each step runs twice on the same tensors: through the binder, then directly."""
     run("""
 pairs = []
-step_run = launch.Step.run
+step_launch = launch.Step.launch
 
 def address(v):
     return v.data_ptr() if isinstance(v, Tensor) else v
@@ -52,7 +52,7 @@ def twice(step, tensors, scalars, device):
     found = []
     for direct in (False, True):
         gpu.launches.clear()
-        step_run(step, tensors, scalars, device)
+        step_launch(step, tensors, scalars, device)
         found.append([
             (l.name, l.grid, l.num_warps, {n: address(v) for n, v in l.arguments.items()})
             for l in gpu.launches
@@ -61,7 +61,7 @@ def twice(step, tensors, scalars, device):
         assert bool(step._direct)
     pairs.append(found)
 
-launch.Step.run = twice
+launch.Step.launch = twice
 options = [{}, {"activation": "silu"}, {"pre_add": torch.randn_like(x)}, {"post_add": torch.randn_like(x)}]
 with virtual_device("h200") as gpu:
     for turn, limits in enumerate((

@@ -112,7 +112,7 @@ class Raced:
 def planned_only(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     """From now on calls are planned and not launched."""
     found: list[Plan] = []
-    monkeypatch.setattr(Step, "run", lambda self, *_: found.append(self.plan))
+    monkeypatch.setattr(Step, "launch", lambda self, *_: found.append(self.plan))
     return found
 
 
