@@ -27,15 +27,14 @@ def find(
 ) -> Call | None:
     """The call that these operands make; None where they are no plain tensors.  Where it was not met before, it is
     checked first."""
-    x, *_, running_mean, running_var = operands
     try:
-        signature: list[Any] = [rule, arguments, activation, out_dtype, schedule.limits(), x.device]
+        signature: list[Any] = [rule, arguments, activation, out_dtype, schedule.limits(), operands.x.device]
         for t in operands:
             signature.append(
                 t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg())
             )
-        if running_mean is not None and running_var is not None:
-            signature.append(running_mean.requires_grad or running_var.requires_grad)
+        if operands.running_mean is not None:
+            signature.append(any(t.requires_grad for t in operands[5:] if t is not None))
         key = tuple(signature)
         found = launch.calls.get(key)
         if found is not None:

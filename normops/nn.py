@@ -34,38 +34,10 @@ from . import functional as F
 from .module import Fused, Parameters
 from .norm import affine_shape
 
-if TYPE_CHECKING:  # all but the norms: of a name that is defined twice, mypy takes the first for good
-    from torch.nn import Buffer as Buffer
-    from torch.nn import Parameter as Parameter
-    from torch.nn import functional as functional
-    from torch.nn import init as init
-    from torch.nn import utils as utils
-    from torch.nn.modules.activation import *
-    from torch.nn.modules.adaptive import *
-    from torch.nn.modules.channelshuffle import *
-    from torch.nn.modules.container import *
-    from torch.nn.modules.conv import *
-    from torch.nn.modules.distance import *
-    from torch.nn.modules.dropout import *
-    from torch.nn.modules.flatten import *
-    from torch.nn.modules.fold import *
-    from torch.nn.modules.linear import *
-    from torch.nn.modules.loss import *
-    from torch.nn.modules.module import *
-    from torch.nn.modules.padding import *
-    from torch.nn.modules.pixelshuffle import *
-    from torch.nn.modules.pooling import *
-    from torch.nn.modules.rnn import *
-    from torch.nn.modules.sparse import *
-    from torch.nn.modules.transformer import *
-    from torch.nn.modules.upsampling import *
-else:
+if not TYPE_CHECKING:
     from torch.nn import *
 
 __all__ = sorted({n for n in dir(torch.nn) if not n.startswith("_")} | {"LayerNorm2d", "Normalize"})
-
-Output = Tensor | F.Pair
-"""y, or ``(y, x + pre_add)`` of a call with pre_add."""
 
 
 def __getattr__(name: str) -> Any:
@@ -82,7 +54,7 @@ def __dir__() -> list[str]:
 
 
 class _BatchNorm(Fused, batchnorm._BatchNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -95,7 +67,7 @@ class _BatchNorm(Fused, batchnorm._BatchNorm):
         if counter is not None:
             counter.add_(1)  # before the call: a checkpoint computes it again only as far as it needs tensors
         try:
-            result: Output = F.batch_norm(
+            return F.batch_norm(
                 input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
                 self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
                 **self._extras(pre_add, post_add),
@@ -104,11 +76,10 @@ class _BatchNorm(Fused, batchnorm._BatchNorm):
             if counter is not None:
                 counter.sub_(1)
             raise
-        return result
 
 
 class _InstanceNorm(Fused, instancenorm._InstanceNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -133,13 +104,12 @@ class _InstanceNorm(Fused, instancenorm._InstanceNorm):
 
     def _apply_instance_norm(
         self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Output:
-        result: Output = F.instance_norm(
+    ) -> Any:
+        return F.instance_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum if self.momentum is not None else 0.0,
             self.eps, **self._extras(pre_add, post_add),
         )  # fmt: skip
-        return result
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
@@ -204,10 +174,8 @@ class GroupNorm(Fused, torch.nn.GroupNorm):
     torch.Size([2, 4, 5])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
-        extras = self._extras(pre_add, post_add)
-        result: Output = F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
-        return result
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._extras(pre_add, post_add))
 
 
 class LayerNorm(Fused, torch.nn.LayerNorm):
@@ -218,10 +186,9 @@ class LayerNorm(Fused, torch.nn.LayerNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         extras = self._extras(pre_add, post_add)
-        result: Output = F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
-        return result
+        return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
 
 
 class RMSNorm(Fused, torch.nn.RMSNorm):
@@ -232,10 +199,8 @@ class RMSNorm(Fused, torch.nn.RMSNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:  # type: ignore[override]
-        extras = self._extras(pre_add, post_add)
-        result: Output = F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **extras)
-        return result
+    def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
 
 
 class LayerNorm2d(Fused, Parameters):
@@ -250,31 +215,23 @@ class LayerNorm2d(Fused, Parameters):
     """
 
     def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-5,
-        affine: bool = True,
-        *,
-        bias: bool = True,
-        activation: str | None = None,
-        out_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+        self, num_channels: int, eps: float = 1e-5, affine: bool = True, *, bias: bool = True,
+        activation: str | None = None, out_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
         shape = (num_channels,) if affine else None
         super().__init__(shape, bias, device, dtype, activation=activation, out_dtype=out_dtype)
         self.num_channels, self.eps, self.affine = num_channels, eps, affine
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
         if input.dim() < 2 or input.size(1) != self.num_channels:
             raise ValueError(f"expected input of shape (N, {self.num_channels}, ...), got {tuple(input.shape)}")
-        result: Output = F.normalize(
+        return F.normalize(
             input, "n c ... -> n ...", self.weight, self.bias, eps=self.eps, affine="c" if self.affine else None,
             **self._extras(pre_add, post_add),
         )  # fmt: skip
-        return result
 
     def extra_repr(self) -> str:
         return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
@@ -299,40 +256,32 @@ class Normalize(Fused, Parameters):
     """
 
     def __init__(
-        self,
-        pattern: str,
-        *,
-        affine: str | None = None,
-        eps: float = 1e-5,
-        center: bool = True,
-        bias: bool = True,
-        activation: str | None = None,
-        out_dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **lengths: int,
-    ) -> None:
+        self, pattern: str, *, affine: str | None = None, eps: float = 1e-5, center: bool = True, bias: bool = True,
+        activation: str | None = None, out_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None, dtype: torch.dtype | None = None, **lengths: int,
+    ) -> None:  # fmt: skip
         shape = affine_shape(pattern, affine, lengths)  # checks the pattern, also where there are no parameters
         wanted = None if affine is None else shape
         super().__init__(wanted, bias, device, dtype, activation=activation, out_dtype=out_dtype)
         self.pattern, self.affine, self.eps, self.center = pattern, affine, eps, center
         self.lengths: dict[str, Any] = lengths
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Output:
-        result: Output = F.normalize(
-            input,
-            self.pattern,
-            self.weight,
-            self.bias,
-            eps=self.eps,
-            center=self.center,
-            affine=self.affine,
-            **self._extras(pre_add, post_add),
-            **self.lengths,
-        )
-        return result
+    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+        return F.normalize(
+            input, self.pattern, self.weight, self.bias, eps=self.eps, center=self.center, affine=self.affine,
+            **self._extras(pre_add, post_add), **self.lengths,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         parts = [repr(self.pattern), f"affine={self.affine!r}", f"eps={self.eps}", f"center={self.center}"]
         parts += [f"bias={self.bias is not None}", *(f"{name}={n}" for name, n in self.lengths.items())]
         return self._repr(", ".join(parts))
+
+
+if TYPE_CHECKING:  # last, for mypy takes the first of two definitions of a name
+    from torch.nn import Buffer as Buffer
+    from torch.nn import Parameter as Parameter
+    from torch.nn import functional as functional
+    from torch.nn import init as init
+    from torch.nn import utils as utils
+    from torch.nn.modules import *  # type: ignore[assignment]

@@ -55,8 +55,8 @@ class decompose:
 
 def watched() -> bool:
     """Whether PyTorch traces or transforms what is computed now."""
-    return bool(
-        is_dynamo_compiling() or _transforms_active() or _dispatch_modes() or forward_ad._current_level >= 0
+    return (
+        is_dynamo_compiling() or _transforms_active() or _dispatch_modes() > 0 or forward_ad._current_level >= 0
         or _tracing() is not None
     )  # fmt: skip
 
