@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import traced, transforms
+from . import traced
 from .launch import Call
 
 
@@ -42,10 +42,10 @@ class Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or _looked_into(dy, dsum) or call.restrided(*kept):
             norm = call.norm
             options = (*norm.written, norm.given, ctx.eps, norm.activation)
-            run: Any = partial(transforms.by_operator, (*kept[:4], *call.statistics(kept[4])), options, dy, dsum)
+            run: Any = partial(traced.by_operator, (*kept[:4], *call.statistics(kept[4])), options, dy, dsum)
         else:
             run = partial(call.backward, kept, dy, dsum)
-        found = transforms.gradients(run, dy, dsum, call.dtypes, ctx.needs_input_grad[3:], call.plain)
+        found = traced.gradients(run, dy, dsum, call.dtypes, ctx.needs_input_grad[3:], call.plain)
         return None, None, None, *found
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, calls, checks, reference, traced, transforms
+from . import autograd, calls, checks, reference, traced
 from .checks import Rule
 from .norm import Norm, Operands, laid_out
 from .plan import accumulator
@@ -64,7 +64,7 @@ def _run(
             operands = laid_out(norm, operands)
         needed = torch.is_grad_enabled() and (operands.x.requires_grad or _needed(*operands))
         if needed and norm.given and _needed(*operands[5:]):
-            raise RuntimeError(transforms.CONSTANT)
+            raise RuntimeError(traced.CONSTANT)
         step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
         y, total, saved = found = call.forward(operands, float(eps), step, needed)
         if needed:

@@ -287,7 +287,7 @@ def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatc
         raise AssertionError("an eager call went through the registered operators")
 
     monkeypatch.setattr(normops.traced, "normalize", refuse)
-    monkeypatch.setattr(normops.transforms.Backward, "apply", refuse)
+    monkeypatch.setattr(normops.traced.Backward, "apply", refuse)
     ran: list[str] = []
     original = launch.Call.backward
     monkeypatch.setattr(launch.Call, "backward", lambda *a, **k: (ran.append("backward"), original(*a, **k))[1])

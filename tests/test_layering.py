@@ -25,7 +25,6 @@ LAYERS = (
     {"calls"},
     {"operators"},
     {"sharding"},
-    {"transforms"},
     {"traced"},
     {"autograd"},
     {"functional"},
