@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, calls, checks, reference, traced
-from .checks import Rule
+from . import autograd, calls, reference, traced
+from .calls import Rule
 from .norm import Norm, Operands, laid_out
 from .plan import accumulator
 
@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor]
 """``(y, x + pre_add)``, of a call with pre_add."""
 Shape = int | Sequence[int]
 
-# torch.autograd.graph.increment_version without its own checks.
+# torch.autograd.graph.increment_version without its own calls.
 _increment_version: Any = torch._C._increment_version
 
 
@@ -41,13 +41,13 @@ def _run(
 ) -> Any:  # fmt: skip
     """-> y, or (y, sum) with pre_add, followed by mean and rstd with return_stats.  Every norm goes through here.
 
-    `rule` (of normops.checks) says what the call means, given the operands and the arguments.  Running statistics
+    `rule` (of normops.calls) says what the call means, given the operands and the arguments.  Running statistics
     stand in for those of x where it says so, and move towards them elsewhere.
     """
     if has_torch_function_variadic(*operands):
         return _overridden(operands, rule, arguments, eps, activation, out_dtype, momentum, return_stats)
     call = None if traced.watched() else calls.find(operands, rule, arguments, activation, out_dtype)
-    norm = checks.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
+    norm = calls.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
     if eps is None:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
@@ -178,7 +178,7 @@ def normalize(
     key = tuple(axes) if isinstance(axes, list) else axes
     operands = Operands(x, weight, bias, pre_add, post_add)
     arguments = (key, affine, center, tuple(lengths.items()))
-    return _run(operands, checks.normalize, arguments, eps, activation, out_dtype, None, return_stats)
+    return _run(operands, calls.normalize, arguments, eps, activation, out_dtype, None, return_stats)
 
 
 @overload
@@ -214,7 +214,7 @@ def batch_norm(
     (tensor([0.1000, 0.1000, 0.1000]), tensor([0.9000, 0.9000, 0.9000]))
     """
     operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
-    return _run(operands, checks.batch_norm, (training,), eps, activation, out_dtype, momentum)
+    return _run(operands, calls.batch_norm, (training,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -250,7 +250,7 @@ def instance_norm(
     True
     """
     operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
-    return _run(operands, checks.instance_norm, (use_input_stats,), eps, activation, out_dtype, momentum)
+    return _run(operands, calls.instance_norm, (use_input_stats,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -282,7 +282,7 @@ def layer_norm(
     """
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
     operands = Operands(input, weight, bias, pre_add, post_add)
-    return _run(operands, checks.layer_norm, (shape,), eps, activation, out_dtype)
+    return _run(operands, calls.layer_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -312,7 +312,7 @@ def rms_norm(
     """
     shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
     operands = Operands(input, weight, None, pre_add, post_add)
-    return _run(operands, checks.rms_norm, (shape,), eps, activation, out_dtype)
+    return _run(operands, calls.rms_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -342,4 +342,4 @@ def group_norm(
     torch.Size([2, 6, 4])
     """
     operands = Operands(input, weight, bias, pre_add, post_add)
-    return _run(operands, checks.group_norm, (num_groups,), eps, activation, out_dtype)
+    return _run(operands, calls.group_norm, (num_groups,), eps, activation, out_dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from . import operators
@@ -25,6 +26,8 @@ class Cut(NamedTuple):
     gradient: Any
     """Of weight and bias."""
     statistic: Any
+    absent: Any
+    """Of what has no elements."""
 
 
 @cache
@@ -59,7 +62,7 @@ def _cuts(a: operators.Forward | operators.Backward, statistic: Any) -> Iterator
 
     norm, parameter = operators.norm_of(a), a.weight if a.bias is None else a.bias
     whole = Replicate()
-    yield Cut(whole, whole, whole, whole)
+    yield Cut(whole, whole, whole, whole, whole)
     kept = [i for i in range(len(norm.shape)) if i not in norm.reduced]
     named = statistic is None or statistic.ndim == len(kept)
     i = 0
@@ -69,47 +72,38 @@ def _cuts(a: operators.Forward | operators.Backward, statistic: Any) -> Iterator
             continue
         along: Any = Shard(kept.index(at)) if at in kept else whole
         if at not in norm.affine or parameter is None:
-            yield Cut(Shard(axis), whole, Partial(), along)
+            yield Cut(Shard(axis), whole, Partial(), along, whole)
         elif parameter.ndim == len(norm.affine):
             with_x = Shard(norm.affine.index(at))
-            yield Cut(Shard(axis), with_x, with_x, along)
+            yield Cut(Shard(axis), with_x, with_x, along, whole)
 
 
-def _placed(
-    arguments: Sequence[Any], placements: Sequence[Any], present: Sequence[bool], returned: Sequence[Any], absent: Any
-) -> Sharding:
-    """Of a cut.  What is absent is returned too, with shape (0,)."""
-    given = [None if t is None else p for t, p in zip(arguments, placements, strict=False)]
-    outputs = [p if here else absent for here, p in zip(present, returned, strict=True)]
-    return outputs, given + [None] * (len(arguments) - len(placements))
+def _shardings(a: Any, statistic: Any, given: str, returned: str, present: Sequence[bool]) -> list[Sharding]:
+    """Of each cut.  given, returned: of which kind the tensors are that an operator takes and returns; what is absent
+    is returned too, with shape (0,), and lies everywhere."""
+    cuts = list(_cuts(a, statistic))
+    whole = cuts[0]
+    return [
+        (
+            [getattr(c if here else whole, kind) for kind, here in zip(returned.split(), present, strict=True)],
+            [
+                None if t is None or kind is None else getattr(c, kind)
+                for t, kind in zip_longest(a, given.split())
+            ],
+        )
+        for c in cuts
+    ]  # fmt: skip
 
 
 def _forward(*arguments: Any) -> list[Sharding]:
     a = operators.Forward(*arguments)
-    cuts = list(_cuts(a, a.var))
-    present = (True, a.pre_add is not None, a.center, True)
-    return [
-        _placed(
-            a, (c.x, c.parameter, c.parameter, c.x, c.x, c.statistic, c.statistic), present,
-            (c.x, c.x, c.statistic, c.statistic), cuts[0].x,
-        )
-        for c in cuts
-    ]  # fmt: skip
+    kinds = "x parameter parameter x x statistic statistic"
+    return _shardings(a, a.var, kinds, "x x statistic statistic", (True, a.pre_add is not None, a.center, True))
 
 
 def _backward(*arguments: Any) -> list[Sharding]:
     a = operators.Backward(*arguments)
-    cuts = list(_cuts(a, a.rstd))
-    whole = cuts[0].x
-    present = [
-        t is not None and wanted
-        for t, wanted in zip((a.x, a.weight, a.bias, a.post_add), a.output_mask, strict=True)
-    ]
-    return [
-        _placed(
-            a,
-            (c.x, c.x, c.x, c.parameter, c.parameter, c.x, c.statistic if a.center else whole, c.statistic),
-            present, (c.x, c.gradient, c.gradient, c.x), whole,
-        )
-        for c in cuts
-    ]  # fmt: skip
+    tensors = (a.x, a.weight, a.bias, a.post_add)
+    present = [t is not None and wanted for t, wanted in zip(tensors, a.output_mask, strict=True)]
+    kinds = f"x x x parameter parameter x {'statistic' if a.center else 'absent'} statistic"
+    return _shardings(a, a.rstd, kinds, "x gradient gradient x", present)
