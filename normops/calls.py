@@ -53,7 +53,9 @@ def find(
         return None
     call = Call(norm_of(operands, rule, arguments, activation, out_dtype), operands, out_dtype)
     if key is not None:
-        launch.remember(key, call)
+        if len(launch.calls) >= launch.CALLS:
+            launch.calls.clear()
+        launch.calls[key] = call
     return call
 
 

@@ -98,14 +98,13 @@ def _spelled(t: Tensor, norm: Norm) -> Tensor:
 
 
 def _overridden(operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, *options: Any) -> Any:
-    """The public function that was called, for the class of an operand to take over."""
+    """The public function that was called, which has the name of its rule, for the class of an operand to take over."""
     function = globals()[rule.__name__]
-    names = list(signature(rule).parameters)[1:]
-    given = operands._asdict() | dict(zip(names, arguments, strict=True)) | {"eps": eps}
+    given = operands._asdict() | dict(zip(list(signature(rule).parameters)[1:], arguments, strict=True)) | {"eps": eps}
     given |= dict(zip(("activation", "out_dtype", "momentum", "return_stats"), options, strict=True))
-    taken = list(signature(function).parameters)[1:]
-    named = {name: given[name] for name in taken if name in given and name != "lengths"}
-    return handle_torch_function(function, operands, operands.x, **named, **dict(given.get("lengths", ())))
+    lengths = dict(given.pop("lengths", ()))
+    named = {name: given[name] for name in list(signature(function).parameters)[1:] if name in given}
+    return handle_torch_function(function, operands, operands.x, **named, **lengths)
 
 
 @overload

@@ -83,7 +83,7 @@ def standing_in(device: Device) -> Iterator[None]:
         calls.clear()
 
 
-def placed(pieces: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], int]:
+def _placed(pieces: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], int]:
     """Where each piece of a workspace starts, and the elements of all of them."""
     starts, end = {}, 0
     for name, elements in pieces:
@@ -103,7 +103,7 @@ class Step:
         self.pieces: dict[str, tuple[str, int, int]] = {}
         """Piece of a workspace -> the tensor it is part of, its first element, its elements."""
         for owner, pieces in (("saved", saved), ("scratch", plan.scratch)):
-            starts, self.elements = placed(pieces)
+            starts, self.elements = _placed(pieces)
             self.pieces |= {name: (owner, starts[name], n) for name, n in pieces}
         self._direct: list[tuple[Any, ...]] = []  # what picks arguments, and what launches: of each kernel
         self._present: Callable[..., tuple[Tensor, ...]] = tuple
@@ -200,8 +200,6 @@ class Call:
         """Whether operands come as kernels take them, see :func:`laid_out`."""
         self.kernels = x.numel() > 0 and uses_kernels(x)
         self.shape = x.shape
-        self.facts = device_facts(x.device)
-        self.itemsize = x.element_size()
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
         self.plain = norm.activation == "identity"
@@ -211,18 +209,17 @@ class Call:
         self.sum_dtype = x.dtype if pre_add is None else torch.result_type(x, pre_add)
         self.acc = accumulator(x.dtype, self.sum_dtype)
         self.weights = None if weight is None and bias is None else weight_strides(norm)
-        self.limits = schedule.limits()
+        self.facts = schedule.limits(), device_facts(x.device)
         self.x, self.pre, self.post = (None if t is None else t.stride() for t in (x, pre_add, post_add))
         self.copied = not all(self._follows(s) for s in (self.x, self.pre, self.post))
-        self.out_dtype = x.dtype if out_dtype is None else out_dtype
-        """The dtype of y; whether it is x's."""
-        self.keeps_dtype = self.out_dtype == x.dtype
+        self.out_dtype = None if out_dtype == x.dtype else out_dtype
+        """The dtype of y, where it is not x's."""
         self.eager: Step | None = None
         """The step of a forward that leaves "saved", once it was planned: of almost every call."""
         self._forward: dict[Any, Step] = {}
         self._backward: dict[Any, Step] = {}
 
-        starts, self.saved_elements = placed(norm.statistics)
+        starts, self.saved_elements = _placed(norm.statistics)
         self.rstd_at = starts["rstd"]
         self.kept_shape, self.kept_strides = norm.kept_shape, norm.kept_strides(self.order)
 
@@ -252,14 +249,6 @@ class Call:
         mean = saved.as_strided(self.kept_shape, self.kept_strides) if self.norm.center else None
         return mean, saved[self.rstd_at :].as_strided(self.kept_shape, self.kept_strides)
 
-    def _given(self, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-        """Given statistics in the form of those of x.  A copy: running statistics may move on before the backward."""
-        saved = torch.empty(self.saved_elements, dtype=self.acc, device=mean.device)
-        n = mean.numel()
-        saved[:n].copy_(mean)
-        torch.rsqrt(var.to(self.acc) + eps, out=saved[self.rstd_at : self.rstd_at + n])
-        return saved
-
     def _plan_forward(self, saved: bool, apart: bool) -> Step:
         """`saved`: mean and rstd are, or come, in one tensor; `apart`: in two.  Else they come as mean and var."""
         step = self._forward.get((saved, apart))
@@ -273,7 +262,8 @@ class Call:
                 ("W", self.weights), ("POST", self._operand(self.post)), ("Y", self._operand(self.order)),
             ))  # fmt: skip
             form = "" if not given else "rstd" if saved or apart else "var"
-            plan = plan_forward(self.norm, shapes, self.itemsize, self.acc, form, self.limits, self.facts)
+            itemsize = self.dtypes[0].itemsize  # type: ignore[union-attr]
+            plan = plan_forward(self.norm, shapes, itemsize, self.acc, form, *self.facts)
             step = self._forward[saved, apart] = Step(plan, FORWARD, self.norm.statistics if saved else ())
             if saved:
                 self.eager = step
@@ -292,7 +282,7 @@ class Call:
                 ("DX", order if needs[0] else None), ("DPOST", order if needs[3] else None),
             ))  # fmt: skip
             itemsize, given = self.sum_dtype.itemsize, self.norm.given
-            plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, self.limits, self.facts)
+            plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, *self.facts)
             step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics)
         return step
 
@@ -306,7 +296,7 @@ class Call:
         as of `statistic`, to write to, or given; nothing is saved then.
         """
         x, w, b, pre, post, running_mean, running_var = operands
-        y = torch.empty_like(x) if self.keeps_dtype else torch.empty_like(x, dtype=self.out_dtype)
+        y = torch.empty_like(x) if self.out_dtype is None else torch.empty_like(x, dtype=self.out_dtype)
         source, total = x, None
         if pre is not None:
             total = torch.empty_like(x, dtype=self.sum_dtype)
@@ -317,12 +307,14 @@ class Call:
         mean = rstd = var = saved = None
         if apart is not None:
             mean, rstd = apart
-        elif not self.norm.given:
+        elif keep or not self.norm.given:
             saved = torch.empty(self.saved_elements, dtype=self.acc, device=x.device)
-        elif keep:
-            saved = self._given(running_mean, running_var, eps)  # type: ignore[arg-type]
-        else:
+        if self.norm.given and apart is None:
             mean, var = running_mean.contiguous(), running_var.contiguous()  # type: ignore[union-attr]
+            if saved is not None:  # a copy: running statistics may move on before the backward
+                saved[: mean.numel()].copy_(mean)
+                torch.rsqrt(var.to(self.acc) + eps, out=saved[self.rstd_at :][: mean.numel()])
+                mean = var = None
         if not self.tracks:
             running_mean = running_var = None
         step = self.eager if saved is not None else None
@@ -361,12 +353,6 @@ class Call:
 
 calls: dict[Any, Call] = {}
 """Calls by all that decides them, ``schedule.limits()`` among it."""
-
-
-def remember(key: Any, call: Call) -> None:
-    if len(calls) >= CALLS:
-        calls.clear()
-    calls[key] = call
 
 
 def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
