@@ -42,10 +42,11 @@ class Normalize(torch.autograd.Function):
         if torch.is_grad_enabled() or _looked_into(dy, dsum) or call.restrided(*kept):
             norm = call.norm
             options = (*norm.written, norm.given, ctx.eps, norm.activation)
-            run: Any = partial(traced.by_operator, (*kept[:4], *call.statistics(kept[4])), options, dy, dsum)
+            run: Any = partial(traced.by_operator, options)
+            kept = (*kept[:4], *call.statistics(kept[4]))
         else:
-            run = partial(call.backward, kept, dy, dsum)
-        found = traced.gradients(run, dy, dsum, call.dtypes, ctx.needs_input_grad[3:], call.plain)
+            run = call.backward
+        found = traced.gradients(run, kept, dy, dsum, call.dtypes, ctx.needs_input_grad[3:], call.plain)
         return None, None, None, *found
 
 

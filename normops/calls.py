@@ -37,12 +37,11 @@ def find(
     checked first."""
     try:
         signature: list[Any] = [rule, arguments, activation, out_dtype, schedule.limits(), operands.x.device]
+        add = signature.append
         for t in operands:
-            signature.append(
-                t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg())
-            )
+            add(t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg()))
         if operands.running_mean is not None:
-            signature.append(any(t.requires_grad for t in operands[5:] if t is not None))
+            add(any(t.requires_grad for t in operands[5:] if t is not None))
         key = tuple(signature)
         found = launch.calls.get(key)
         if found is not None:

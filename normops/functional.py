@@ -51,14 +51,16 @@ def _run(
     if eps is None:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
+    eps = float(eps)
     moves = operands.running_mean is not None and not norm.given
     if moves and momentum is None:
         raise ValueError(NO_MOMENTUM.format(rule.__name__))
     total: Tensor | None
+    result: Any
     mean, rstd = None, None
     if call is None or not call.kernels:
-        y, total, mean, rstd = traced.normalize(norm, operands, float(eps), out_dtype, call is not None)
-        result: Any = y if operands.pre_add is None else (y, total)
+        y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype, call is not None)
+        result = y if operands.pre_add is None else (y, total)
     else:
         if not call.ready:
             operands = laid_out(norm, operands)
@@ -66,11 +68,10 @@ def _run(
         if needed and norm.given and _needed(*operands[5:]):
             raise RuntimeError(traced.CONSTANT)
         step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
-        y, total, saved = found = call.forward(operands, float(eps), step, needed)
+        y, total, saved = found = call.forward(operands, eps, step, needed)
+        result = y if total is None else (y, total)
         if needed:
-            result = autograd.apply(call, float(eps), found, *operands[:5])
-        else:
-            result = y if total is None else (y, total)
+            result = autograd.apply(call, eps, found, *operands[:5])
         if call.tracks:
             _increment_version(operands[5:])
             moves = False

@@ -95,16 +95,17 @@ def _placed(pieces: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], int]:
 class Step:
     """A plan and what launches it: the first run goes through Triton's binder, later ones call what it compiled."""
 
-    __slots__ = ("_direct", "_offsets", "_present", "_static", "elements", "names", "pieces", "plan")
+    __slots__ = ("_direct", "_offsets", "_present", "_scratch", "_static", "names", "pieces", "plan")
 
-    def __init__(self, plan: Plan, names: tuple[str, ...], saved: tuple[tuple[str, int], ...]) -> None:
+    def __init__(self, plan: Plan, names: tuple[str, ...], saved: tuple[tuple[str, int], ...], empty: Tensor) -> None:
         self.plan = plan
         self.names = names
         self.pieces: dict[str, tuple[str, int, int]] = {}
         """Piece of a workspace -> the tensor it is part of, its first element, its elements."""
         for owner, pieces in (("saved", saved), ("scratch", plan.scratch)):
-            starts, self.elements = _placed(pieces)
+            starts, elements = _placed(pieces)
             self.pieces |= {name: (owner, starts[name], n) for name, n in pieces}
+        self._scratch = empty.expand(elements) if elements else None
         self._direct: list[tuple[Any, ...]] = []  # what picks arguments, and what launches: of each kernel
         self._present: Callable[..., tuple[Tensor, ...]] = tuple
         self._offsets: list[tuple[int, int]] = []  # of each piece: the position of its tensor, and bytes
@@ -137,9 +138,9 @@ class Step:
                 counters.forget(torch.device("cpu") if device < 0 else torch.device("cuda", device))
             raise
 
-    def workspace(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    def workspace(self, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """scratch and tickets"""
-        scratch = torch.empty(self.elements, dtype=dtype, device=like.device) if self.elements else None
+        scratch = None if self._scratch is None else torch.empty_like(self._scratch)
         return scratch, counters.words(self.plan.words, like.device) if self.plan.words else None
 
     def operands(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> dict[str, Any]:
@@ -219,8 +220,11 @@ class Call:
         self._forward: dict[Any, Step] = {}
         self._backward: dict[Any, Step] = {}
 
-        starts, self.saved_elements = _placed(norm.statistics)
+        starts, elements = _placed(norm.statistics)
         self.rstd_at = starts["rstd"]
+        self.empty = torch.empty(1, dtype=self.acc, device=x.device)
+        self.saved = self.empty.expand(elements)
+        """What statistics are saved in has this form: empty_like asks the host for less than empty does."""
         self.kept_shape, self.kept_strides = norm.kept_shape, norm.kept_strides(self.order)
 
     def _follows(self, strides: Strides | None) -> bool:
@@ -264,7 +268,7 @@ class Call:
             form = "" if not given else "rstd" if saved or apart else "var"
             itemsize = self.dtypes[0].itemsize  # type: ignore[union-attr]
             plan = plan_forward(self.norm, shapes, itemsize, self.acc, form, *self.facts)
-            step = self._forward[saved, apart] = Step(plan, FORWARD, self.norm.statistics if saved else ())
+            step = self._forward[saved, apart] = Step(plan, FORWARD, self.norm.statistics if saved else (), self.empty)
             if saved:
                 self.eager = step
         return step
@@ -283,7 +287,7 @@ class Call:
             ))  # fmt: skip
             itemsize, given = self.sum_dtype.itemsize, self.norm.given
             plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, *self.facts)
-            step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics)
+            step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics, self.empty)
         return step
 
     def forward(
@@ -308,7 +312,7 @@ class Call:
         if apart is not None:
             mean, rstd = apart
         elif keep or not self.norm.given:
-            saved = torch.empty(self.saved_elements, dtype=self.acc, device=x.device)
+            saved = torch.empty_like(self.saved)
         if self.norm.given and apart is None:
             mean, var = running_mean.contiguous(), running_var.contiguous()  # type: ignore[union-attr]
             if saved is not None:  # a copy: running statistics may move on before the backward
@@ -322,7 +326,7 @@ class Call:
             step = self._plan_forward(saved is not None, apart is not None)
         step.launch(
             (source, pre, None if pre is None else total, w, b, post, y, mean, rstd, var, running_mean, running_var,
-             saved, *step.workspace(x, self.acc)), (eps, momentum), x.get_device(),
+             saved, *step.workspace(x)), (eps, momentum), x.get_device(),
         )  # fmt: skip
         return y, total, saved
 
@@ -345,7 +349,7 @@ class Call:
             x, dy, dsum, post = (_aligned(t, like) for t in (x, dy, dsum, post))  # type: ignore[assignment]
         mean, rstd = apart or (None, None)
         step.launch(
-            (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x, self.acc)), (),
+            (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x)), (),
             x.get_device(),
         )  # fmt: skip
         return dx, dw, db, dpost

@@ -131,8 +131,8 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:
         *form, eps, activation, _ = ctx.options
-        run = partial(by_operator, ctx.saved_tensors, (*form, ctx.given, eps, activation), dy, dsum)
-        found = gradients(run, dy, dsum, ctx.dtypes, ctx.needs_input_grad[:5], activation == "identity")
+        run, plain = partial(by_operator, (*form, ctx.given, eps, activation)), activation == "identity"
+        found = gradients(run, ctx.saved_tensors, dy, dsum, ctx.dtypes, ctx.needs_input_grad[:5], plain)
         return *found, *(None,) * (2 + len(ctx.options))
 
     @staticmethod
@@ -193,20 +193,20 @@ class Backward(torch.autograd.Function):
 
 
 def gradients(
-    run: Callable[[tuple[bool, ...]], Tensors], dy: Tensor | None, dsum: Tensor | None,
+    run: Callable[..., Tensors], kept: Tensors, dy: Tensor | None, dsum: Tensor | None,
     dtypes: Sequence[torch.dtype | None], needs: Sequence[bool], plain: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, weight, bias, pre_add and post_add, where they are needed.
 
-    `run` takes which of dx, dw, db and dpost are wanted, and returns them; dtypes: of x, pre_add and post_add; `plain`:
-    no activation follows post_add.
+    `run` takes what was kept, dy, dsum and which of dx, dw, db and dpost are wanted, and returns these; dtypes: of x,
+    pre_add and post_add; `plain`: no activation follows post_add.
     """
     need_x, need_w, need_b, need_pre, need_post = needs
     mask = (need_x or need_pre, need_w, need_b, need_post and not plain)
     if dy is None:  # nothing flows back through y
         dx, dw, db, dpost = dsum, None, None, None
     else:
-        dx, dw, db, dpost = run(mask) if any(mask) else (None, None, None, None)
+        dx, dw, db, dpost = run(kept, dy, dsum, mask) if any(mask) else (None, None, None, None)
         dpost = dy if plain else dpost
     return (
         _cast(dx, dtypes[0]) if need_x else None, dw, db, _cast(dx, dtypes[1]) if need_pre else None,
@@ -219,12 +219,12 @@ def _cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
 
 
 def by_operator(
-    kept: Tensors, options: Sequence[Any], dy: Tensor | None, dsum: Tensor | None, mask: tuple[bool, ...]
+    options: Sequence[Any], kept: Tensors, dy: Tensor, dsum: Tensor | None, mask: tuple[bool, ...]
 ) -> Tensors:
     """dx, dw, db, dpost, differentiable.
 
-    kept: what was normalised, weight, bias, post_add, mean, rstd; options: pattern, affine, lengths, center, given,
-    eps, activation.
+    options: pattern, affine, lengths, center, given, eps, activation; kept: what was normalised, weight, bias,
+    post_add, mean, rstd.
     """
     total, weight, bias, post_add, mean, rstd = kept
     run: Any = operators.backward if is_dynamo_compiling() else Backward.apply
