@@ -98,21 +98,22 @@ def _tensors(o: Operands) -> None:
 
 
 def _named(o: Operands, pattern: str, affine: str, refusal: str, **lengths: int) -> Norm:
-    """The norm of a pattern; where x does not fit it a RuntimeError, as of PyTorch: the refusal, with x's shape."""
+    """The norm of a pattern.  Where x does not fit it a RuntimeError, as of PyTorch: the refusal, with x's shape."""
     try:
         norm = parse(pattern, o.x.shape, affine, lengths)
     except ValueError:
         raise RuntimeError(refusal.format(shape=tuple(o.x.shape), size=list(o.x.shape))) from None
-    return _parameters(norm, o, affine)
+    return _parameters(norm, o)
 
 
-def _parameters(norm: Norm, o: Operands, affine: str) -> Norm:
+def _parameters(norm: Norm, o: Operands, reason: str = "") -> Norm:
+    """The norm, once one-valued operands have the shape that it gives them."""
     for name in ("running_mean", "running_var", "weight", "bias"):
         t = getattr(o, name)
         if t is not None and tuple(t.shape) != norm.affine_shape:
             raise RuntimeError(
-                f"{name} must have shape {norm.affine_shape} for x of shape {tuple(o.x.shape)} and affine={affine!r}, "
-                f"got {tuple(t.shape)}"
+                f"{name} must have shape {norm.affine_shape} for x of shape {tuple(o.x.shape)}{reason}, got "
+                f"{tuple(t.shape)}"
             )
     return norm
 
@@ -169,8 +170,9 @@ def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
 def group_norm(o: Operands, num_groups: int) -> Norm:
     if num_groups <= 0:
         raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
-    refusal = f"Expected an input (N, C, *) with C divisible by num_groups, got num_groups={num_groups} and shape "
-    norm = _named(o, "n (g c) ... -> n g", "(g c)", refusal + "{size}", g=num_groups)
+    refusal = "Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got "
+    refusal += f"input of shape {{size}} and num_groups={num_groups}"
+    norm = _named(o, "n (g c) ... -> n g", "(g c)", refusal, g=num_groups)
     if o.x.numel() and o.x.numel() == num_groups:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {o.x.shape} and "
@@ -184,7 +186,7 @@ def normalize(
 ) -> Norm:
     if isinstance(axes, str):
         norm = parse(axes, o.x.shape, affine, dict(lengths))._replace(center=center)
-        return _broadcast(norm, o) if affine is None else _parameters(norm, o, affine)
+        return _broadcast(norm, o) if affine is None else _parameters(norm, o, f" and affine={affine!r}")
     if lengths or affine is not None:
         extra = "affine" if affine is not None else lengths[0][0]
         raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}")

@@ -7,7 +7,7 @@ Everything that Triton keeps to itself is used here and nowhere else.  Where a v
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import triton
 from triton import knobs
@@ -20,19 +20,16 @@ _KNOWN = ".".join(triton.__version__.split(".")[:2]) in KNOWN
 INTERPRETED = bool(knobs.runtime.interpret)
 
 
-class Handle(NamedTuple):
-    """A kernel that is loaded on its device: ``run(x, y, z, stream, function, metadata, None, None, None, *args)``."""
-
-    run: Callable[..., None]
-    function: Any
-    metadata: Any
+Handle = tuple[Callable[..., None], Any, Any]
+"""A kernel that is loaded on its device: run, function and metadata, to be launched by
+``run(x, y, z, stream, function, metadata, None, None, None, *args)``."""
 
 
 def handle(kernel: Any) -> Handle | None:
     """What ``kernel[grid](...)`` returned, ready to be launched again with arguments of the same specialisation."""
     if not _KNOWN or not all(hasattr(kernel, name) for name in ("run", "function", "packed_metadata")):
         return None
-    return Handle(kernel.run, kernel.function, kernel.packed_metadata)
+    return kernel.run, kernel.function, kernel.packed_metadata
 
 
 def hooked() -> bool:

@@ -125,7 +125,7 @@ class Step:
                     values += [values[i] + o for i, o in self._offsets]
                     values += scalars
                     values += self._static
-                    for pointers, others, run, grid, function, metadata in self._direct:
+                    for pointers, others, grid, run, function, metadata in self._direct:
                         run(grid, 1, 1, stream, function, metadata, None, None, None, pointers(values), *others(values))
                     return
             if device >= 0 and device != torch.cuda.current_device():
@@ -183,7 +183,7 @@ class Step:
             pointers = itemgetter(*(place.get(name, nothing) for name in names))
             scalars_at = (place[v] if isinstance(v, str) else constant(v) for v in launch.scalars)
             others = itemgetter(*scalars_at, constant(launch.form))
-            direct.append((pointers, others, handle.run, launch.grid, handle.function, handle.metadata))
+            direct.append((pointers, others, launch.grid, *handle))
         self._offsets = [(place[owner], start * present[owner]) for owner, start, _ in self.pieces.values()]
         self._present = itemgetter(*(i for i, t in enumerate(tensors) if t is not None))
         self._static = tuple(static)

@@ -54,7 +54,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(torch.nn)})
 
 
-class Fused(torch.nn.Module):
+class _Fused(torch.nn.Module):
     """What the norms share: the keyword-only `activation` and `out_dtype`, checked when the module is built."""
 
     # On the class, so that a module unpickled or converted from torch's has them too.
@@ -72,10 +72,10 @@ class Fused(torch.nn.Module):
     def __init_subclass__(cls) -> None:
         """Give a norm that takes torch's arguments and the extras their signature, for skip_init to look at."""
         super().__init_subclass__()
-        init: Any = next(vars(c)["__init__"] for c in cls.__mro__ if c is not Fused and "__init__" in vars(c))
+        init: Any = next(vars(c)["__init__"] for c in cls.__mro__ if c is not _Fused and "__init__" in vars(c))
         own = list(inspect.signature(init).parameters.values())[1:]
         if init.__module__.startswith("torch.nn") and all(p.kind is not p.VAR_KEYWORD for p in own):
-            extras = inspect.signature(Fused.__init__).parameters.values()
+            extras = inspect.signature(_Fused.__init__).parameters.values()
             own += [p for p in extras if p.kind is p.KEYWORD_ONLY]
         cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
@@ -106,7 +106,7 @@ class Fused(torch.nn.Module):
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), adds)
 
 
-class Parameters(torch.nn.Module):
+class _Parameters(torch.nn.Module):
     """weight (ones) and bias (zeros) of a shape; None for those that are not wanted."""
 
     weight: Tensor | None
@@ -128,7 +128,7 @@ class Parameters(torch.nn.Module):
             torch.nn.init.zeros_(self.bias)
 
 
-class _BatchNorm(Fused, batchnorm._BatchNorm):
+class _BatchNorm(_Fused, batchnorm._BatchNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
@@ -153,7 +153,7 @@ class _BatchNorm(Fused, batchnorm._BatchNorm):
             raise
 
 
-class _InstanceNorm(Fused, instancenorm._InstanceNorm):
+class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
@@ -241,7 +241,7 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     """
 
 
-class GroupNorm(Fused, torch.nn.GroupNorm):
+class GroupNorm(_Fused, torch.nn.GroupNorm):
     """`torch.nn.GroupNorm` with the extras: over (C / num_groups, ...) of (N, C, ...).
 
     >>> import torch, normops
@@ -253,7 +253,7 @@ class GroupNorm(Fused, torch.nn.GroupNorm):
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._extras(pre_add, post_add))
 
 
-class LayerNorm(Fused, torch.nn.LayerNorm):
+class LayerNorm(_Fused, torch.nn.LayerNorm):
     """`torch.nn.LayerNorm` with the extras: over the last axes of (..., *normalized_shape).
 
     >>> import torch, normops
@@ -266,7 +266,7 @@ class LayerNorm(Fused, torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
 
 
-class RMSNorm(Fused, torch.nn.RMSNorm):
+class RMSNorm(_Fused, torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with the extras: over the last axes of (..., *normalized_shape), without a mean.
 
     >>> import torch, normops
@@ -278,7 +278,7 @@ class RMSNorm(Fused, torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
 
 
-class LayerNorm2d(Fused, Parameters):
+class LayerNorm2d(_Fused, _Parameters):
     """LayerNorm over the channels of (N, C, ...), any rank from 2 on, in any memory format: ConvNeXt's LayerNorm2d.
 
     weight and bias have shape (C,).  Raises ValueError where axis 1 of the input is not `num_channels`.  Source: Liu et
@@ -312,7 +312,7 @@ class LayerNorm2d(Fused, Parameters):
         return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
 
 
-class Normalize(Fused, Parameters):
+class Normalize(_Fused, _Parameters):
     """Any norm: the axes missing on the right of an einops-style pattern are averaged over.
 
         Normalize("n (g c) h w -> n g", affine="(g c)", g=8, c=4)      # GroupNorm(8, 32)
