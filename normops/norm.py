@@ -14,6 +14,7 @@ from operator import index
 from typing import NamedTuple, NoReturn
 
 from torch import Tensor
+from torch.compiler import assume_constant_result
 
 from .layout import split
 
@@ -21,8 +22,6 @@ ELLIPSIS = "..."
 _TOKEN = re.compile(r"\([^()]*\)|\.\.\.|[^\s().]+|[().]")
 Sizes = tuple[int, ...]
 Groups = tuple[tuple[str, ...], ...]
-Where = tuple[str, Sequence[int] | None]
-"""A pattern and the shape of x, if that is known: what errors name."""
 
 
 class Operands(NamedTuple):
@@ -119,81 +118,84 @@ def laid_out(norm: Norm, operands: Operands) -> Operands:
     return Operands(x, parameter(weight), parameter(bias), *adds, *running)
 
 
-def _fail(where: Where, message: str) -> NoReturn:
-    pattern, shape = where
+def _fail(pattern: str, message: str, shape: Sequence[int] | None = None) -> NoReturn:
     raise ValueError(f"pattern {pattern!r}{'' if shape is None else f' on shape {tuple(shape)}'}: {message}")
 
 
-def _groups(text: str, side: str, where: Where) -> Groups:
+def _groups(text: str, side: str, pattern: str) -> Groups:
     """``"n (g c) 1 ..."`` -> ``(("n",), ("g", "c"), (), ("...",))``; names are valid and occur once."""
     text, found = text.strip(), []
     for token in _TOKEN.findall(text):
         if token in ("(", ")"):
-            _fail(where, f"unbalanced or nested parentheses in {side} {text!r}; expected one level, as in (g c)")
+            _fail(pattern, f"unbalanced or nested parentheses in {side} {text!r}; expected one level, as in (g c)")
         inner = token[0] == "("
         names = token[1:-1].split() if inner else [token]
         for name in names:
             if not (name.isidentifier() or name == "1" or (name == ELLIPSIS and not inner)):
                 expected = "a name or 1 inside parentheses" if inner else "a name, 1, '...', '(' or ')'"
-                _fail(where, f"{name!r} in {side} {text!r}; expected {expected}")
+                _fail(pattern, f"{name!r} in {side} {text!r}; expected {expected}")
         found.append(tuple(name for name in names if name != "1"))
     names = [name for group in found for name in group]
     for name in names:
         if names.count(name) > 1:
-            _fail(where, f"{name!r} is repeated in {side} {text!r}; expected each name once")
+            _fail(pattern, f"{name!r} is repeated in {side} {text!r}; expected each name once")
     return tuple(found)
 
 
-def _syntax(pattern: str, affine: str | None, where: Where) -> tuple[Groups, Groups, Groups]:
-    """The left side, the right side and what parameters vary along."""
+@assume_constant_result  # type: ignore[untyped-decorator]
+def _syntax(pattern: str, affine: str | None) -> tuple[Groups, Groups, Groups]:
+    """The left side, the right side and what parameters vary along; a compiler does not look into how."""
     sides = pattern.split("->")
     if len(sides) != 2:
-        _fail(where, f"expected one '->' as in 'n c h w -> n', got {len(sides) - 1}")
-    left, right = _groups(sides[0], "left side", where), _groups(sides[1], "right side", where)
-    params = _groups(affine or "", "affine", where)
+        _fail(pattern, f"expected one '->' as in 'n c h w -> n', got {len(sides) - 1}")
+    left, right = _groups(sides[0], "left side", pattern), _groups(sides[1], "right side", pattern)
+    params = _groups(affine or "", "affine", pattern)
     known = {name for group in left for name in group}
     for side, groups in (("right side", right), ("affine", params)):
         for name in (name for group in groups for name in group):
             if name not in known:
-                _fail(where, f"unknown name {name!r} in {side}; expected one of {sorted(known)}")
+                _fail(pattern, f"unknown name {name!r} in {side}; expected one of {sorted(known)}")
     if not known - {name for group in right for name in group}:
-        _fail(where, "nothing is reduced; expected a name of the left side to be missing on the right")
+        _fail(pattern, "nothing is reduced; expected a name of the left side to be missing on the right")
     return left, right, params
 
 
-def _lengths(left: Groups, lengths: Mapping[str, int] | Sequence[int] | None, where: Where) -> dict[str, int]:
+def _lengths(left: Groups, lengths: Mapping[str, int] | Sequence[int] | None, pattern: str) -> dict[str, int]:
     """The length of each name that has one."""
     if not isinstance(lengths, Mapping):
         names = [name for group in left for name in group[:-1]]
         if len(names) != len(lengths or ()):
-            _fail(where, f"lengths must be one for each name but the last of a split axis, {names}, got {lengths}")
+            _fail(pattern, f"lengths must be one for each name but the last of a split axis, {names}, got {lengths}")
         return dict(zip(names, lengths or (), strict=True))
     known = {name for group in left for name in group} - {ELLIPSIS}
     for name, length in lengths.items():
         if name not in known:
-            _fail(where, f"length {name}={length} is not used; expected one of {sorted(known)}")
+            _fail(pattern, f"length {name}={length} is not used; expected one of {sorted(known)}")
         if index(length) < 0:
-            _fail(where, f"length {name}={length}; expected a size of at least 0")
+            _fail(pattern, f"length {name}={length}; expected a size of at least 0")
     return dict(lengths)
 
 
-def _split(group: tuple[str, ...], size: int, axis: int, given: dict[str, int], where: Where) -> Sizes:
+def _split(
+    group: tuple[str, ...], axis: int, given: dict[str, int], pattern: str, shape: Sequence[int]
+) -> Sizes:
     """The sizes of the names that an axis of x splits into, at most one of them inferred."""
+    size = shape[axis]
     if not group:
         if size != 1:
-            _fail(where, f"axis {axis} has size {size}; expected 1")
+            _fail(pattern, f"axis {axis} has size {size}; expected 1", shape)
         return (1,)
     unknown = [name for name in group if name not in given]
     if len(group) == 1 and unknown:
         return (size,)  # which a compiler may not know yet
     spelled = f"({' '.join(group)})" if len(group) > 1 else group[0]
     if len(unknown) > 1:
-        _fail(where, f"lengths of {unknown} in {spelled} are unknown; expected all but one, as {unknown[0]}=…")
+        _fail(pattern, f"lengths of {unknown} in {spelled} are unknown; expected all but one, as {unknown[0]}=…", shape)
     known = prod([given[name] for name in group if name in given])
     if (known == 0 or size % known) if unknown else known != size:
         told = ", ".join(f"{name}={given[name]}" for name in group if name in given)
         expected = f"a multiple of {known}" if unknown else known
-        _fail(where, f"axis {axis} {spelled} has size {size}; expected {expected} ({told})")
+        _fail(pattern, f"axis {axis} {spelled} has size {size}; expected {expected} ({told})", shape)
     return tuple(given[name] if name in given else size // known for name in group)
 
 
@@ -213,13 +215,12 @@ def parse(
     Raises:
         ValueError: the pattern is malformed, does not fit the shape, reduces nothing, or a length is not used.
     """
-    where = pattern, shape
-    left, right, params = _syntax(pattern, affine, where)
-    given = _lengths(left, lengths, where)
+    left, right, params = _syntax(pattern, affine)
+    given = _lengths(left, lengths, pattern)
     spread = (ELLIPSIS,) in left
     rank = len(left) - spread
     if len(shape) < rank or (len(shape) > rank and not spread):
-        _fail(where, f"expected {'at least ' if spread else ''}{rank} axes, got {len(shape)}")
+        _fail(pattern, f"expected {'at least ' if spread else ''}{rank} axes, got {len(shape)}", shape)
 
     factors: list[Sizes] = []
     sizes: list[int] = []  # of the split shape
@@ -230,7 +231,7 @@ def parse(
             found: list[Sizes] = [(n,) for n in shape[at : at + len(shape) - rank]]
             axes[ELLIPSIS] = tuple(range(first, first + len(found)))
         else:
-            found = [_split(group, shape[at], at, given, where)]
+            found = [_split(group, at, given, pattern, shape)]
             axes.update((name, (first + i,)) for i, name in enumerate(group))
         factors += found
         sizes += [n for parts in found for n in parts]
@@ -245,7 +246,7 @@ def parse(
     kept, varying = places(right), places(params)
     flat = [a for group in kept for a in group]
     if len({a for found in axes.values() for a in found}.difference(flat)) == 0:
-        _fail(where, "nothing is reduced: '...' stands for no axis here; expected at least one reduced axis")
+        _fail(pattern, "nothing is reduced: '...' stands for no axis here; expected at least one reduced axis", shape)
     return Norm(
         tuple(factors), tuple(a for a in range(len(sizes)) if a not in flat), tuple(a for g in varying for a in g),
         affine_shape=tuple(prod([sizes[a] for a in group]) for group in varying), kept=kept,
@@ -258,12 +259,11 @@ def affine_shape(pattern: str, affine: str | None, lengths: Mapping[str, int]) -
     Raises:
         ValueError: as `parse`, or a name in `affine` has no length.
     """
-    where = pattern, None
-    left, _, params = _syntax(pattern, affine, where)
-    given = _lengths(left, lengths, where)
+    left, _, params = _syntax(pattern, affine)
+    given = _lengths(left, lengths, pattern)
     missing = sorted({name for group in params for name in group} - given.keys())
     if missing:
-        _fail(where, f"affine {affine!r} needs the lengths of all its names; expected {missing} as well")
+        _fail(pattern, f"affine {affine!r} needs the lengths of all its names; expected {missing} as well")
     return tuple(prod(index(given[name]) for name in group) for group in params)
 
 
