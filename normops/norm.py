@@ -14,7 +14,6 @@ from operator import index
 from typing import NamedTuple, NoReturn
 
 from torch import Tensor
-from torch.compiler import assume_constant_result
 
 from .layout import split
 
@@ -142,9 +141,8 @@ def _groups(text: str, side: str, pattern: str) -> Groups:
     return tuple(found)
 
 
-@assume_constant_result  # type: ignore[untyped-decorator]
 def _syntax(pattern: str, affine: str | None) -> tuple[Groups, Groups, Groups]:
-    """The left side, the right side and what parameters vary along; a compiler does not look into how."""
+    """The left side, the right side and what parameters vary along."""
     sides = pattern.split("->")
     if len(sides) != 2:
         _fail(pattern, f"expected one '->' as in 'n c h w -> n', got {len(sides) - 1}")
@@ -158,6 +156,10 @@ def _syntax(pattern: str, affine: str | None) -> tuple[Groups, Groups, Groups]:
     if not known - {name for group in right for name in group}:
         _fail(pattern, "nothing is reduced; expected a name of the left side to be missing on the right")
     return left, right, params
+
+
+# As torch.compiler.assume_constant_result says it, without the import of Dynamo: a compiler need not look inside.
+_syntax._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _lengths(left: Groups, lengths: Mapping[str, int] | Sequence[int] | None, pattern: str) -> dict[str, int]:
