@@ -104,9 +104,6 @@ def hardswish_grad(z):
     return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, middle, 1.0)).to(z.dtype)
 
 
-NAMES = ("identity", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "sigmoid", "tanh", "hardswish")
-
-
 @triton.jit
 def fast(dtype: tl.constexpr, F: tl.constexpr):
     """Whether what is made of a sigmoid is rounded to 16 bits, so that an approximation of fp32 will do."""

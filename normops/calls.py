@@ -35,14 +35,13 @@ def find(
 ) -> Call | None:
     """The call that these operands make; None where they are no plain tensors.  Where it was not met before, it is
     checked first."""
+    key: Any
     try:
-        signature: list[Any] = [rule, arguments, activation, out_dtype, schedule.limits(), operands.x.device]
-        add = signature.append
-        for t in operands:
-            add(t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg()))
-        if operands.running_mean is not None:
-            add(any(t.requires_grad for t in operands[5:] if t is not None))
-        key = tuple(signature)
+        key = (
+            rule, arguments, activation, out_dtype, schedule.limits(), operands.x.device,
+            *[t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg()) for t in operands],
+            operands.running_mean is not None and any(t.requires_grad for t in operands[5:] if t is not None),
+        )  # fmt: skip
         found = launch.calls.get(key)
         if found is not None:
             return found
