@@ -65,7 +65,7 @@ def tensors(device: torch.device) -> dict[str, Tensor]:
 
     return {
         "rows": random(64, 4096), "residual": random(64, 4096), "w": random(4096), "b": random(4096),
-        "maps": random(8, 64, 16, 16), "large": random(64, 160, 32, 32), "cw": random(64, dtype=torch.float32),
+        "maps": random(8, 64, 16, 16), "large": random(64, 160, 56, 56), "cw": random(64, dtype=torch.float32),
         "cb": random(64, dtype=torch.float32), "lw": random(160, dtype=torch.float32),
         "lb": random(160, dtype=torch.float32), "cw16": random(64), "cb16": random(64),
     }  # fmt: skip

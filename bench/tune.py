@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from normops import launch
-from normops.schedule import H200, Limits
+from normops.gpus import H200
+from normops.schedule import Limits
 
 from . import records, timing, tune_measure, workers
 from .console import console, print_table, progress_bar

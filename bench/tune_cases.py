@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from math import isqrt
 from typing import Any
 
-from normops.schedule import ENGINES, Device, Limits
+from normops.gpus import Device
+from normops.schedule import ENGINES, Limits
 
 from .cases import CASES, Case
 from .gpu import FIRST
@@ -26,7 +27,8 @@ THRESHOLDS = (*RESIDENT, "window")
 ALTERNATIVES = {
     "ticket_tile": (0.5, 2), "grad_ticket_tile": (0.5, 2), "tile": (0.5, 2), "grad_tile": (0.5, 2),
     "ticket_warp": (0.5, 2), "grad_ticket_warp": (0.5, 2),
-    "ahead": (0.5, 2), "rows": (0.5, 2), "warps_per_sm": (0.5, 2),
+    "ahead": (0.5, 2), "rows": (0.5, 2), "warps_per_sm": (0.5, 2), "stream_warps": (0.5, 2),
+    "cached": (0, 0.75, 1.5), "grad_cached": (0, 0.75, 1.5), "grad_cached_activated": (0, 0.75, 1.5),
     "chunks": (0.5, 2), "line_bytes": (0.5, 2), "column_tile": (0.5, 2), "column_programs": (1 / 3, 2),
     "grad_column_programs": (0.5, 2),
 }  # fmt: skip
@@ -67,7 +69,9 @@ def questions(limits: Limits, device: Device) -> list[Question]:
     engines = ((e, {"engine": e, **(wide if e == "resident" else {})}) for e in ENGINES)
     found = [Question("engine", tuple(engines))]
     for name, factors in ALTERNATIVES.items():
-        values = (max(1, int(now[name] * factor)) for factor in factors)
+        values = [now[name] * factor for factor in factors]
+        if isinstance(now[name], int):
+            values = [max(1, int(value)) for value in values]
         found.append(Question(name, tuple((value, {name: value}) for value in values if value != now[name])))
     windows = [share * device.l2_bytes // 8 for share in (2, 4, 6) if device.l2_bytes]
     found.append(Question("window", tuple((n, {"window": n}) for n in windows if n != window(limits, device))))

@@ -28,6 +28,8 @@ CURRENT = "current"
 DIRECTIONS = ("forward", "backward")
 NEEDS = tuple(1 << i for i in range(6, 19))
 """Limits tried, in elements, to see from which one on a group is held on chip."""
+UNCACHED = {"cached": 0.0, "grad_cached": 0.0, "grad_cached_activated": 0.0}
+"""With which no call is so small that launches of their own are preferred to tickets."""
 WINDOWS = tuple(1 << i for i in range(14, 31))
 """The same in bytes, for a unit of a ticketed launch."""
 
@@ -75,7 +77,7 @@ def needs(task: Task, inputs: providers.Inputs) -> dict[str, Row]:
     for name, engine, tried in (("need", "resident", NEEDS), ("window_need", "ticketed", WINDOWS)):
         for value in tried:
             held = dict.fromkeys(RESIDENT, value if engine == "resident" else 1)
-            changes = {**held, "engine": "resident"} if engine == "resident" else {**held, "window": value}
+            changes = {**held, "engine": "resident"} if engine == "resident" else {**held, **UNCACHED, "window": value}
             for direction, plan in plans(task, inputs, changes).items():
                 if found[direction][name] is None and plan.engine == engine:
                     found[direction][name] = value

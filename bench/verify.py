@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from normops import schedule
+from normops import gpus, schedule
 from normops.testing import prepare_once
 
 from . import providers, workers
@@ -39,7 +39,7 @@ def schedule_of(case: Case) -> Any:
     limits = schedule.limits()
     if case.group <= limits.backward_affine:
         return nullcontext()
-    engine = "split" if 2 * case.group > schedule.H200.window else "ticketed"
+    engine = "split" if 2 * case.group > gpus.H200.window else "ticketed"
     return schedule.forced(engine=engine, tile=512, grad_tile=256, ticket_tile=512, grad_ticket_tile=256, ahead=1)
 
 

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from . import compiled, counters, schedule
+from .gpus import H200, Device
 from .kernels import bundles
 from .layout import follows, split
 from .norm import Norm, Operands, laid_out
 from .plan import Plan, accumulator, weight_strides
 from .plan_backward import Needs, plan_backward
 from .plan_forward import plan_forward
-from .schedule import Device
 from .views import Shapes
 
 INTERPRETED = compiled.INTERPRETED
@@ -48,7 +48,7 @@ _data_ptr = Tensor.data_ptr
 Strides = tuple[int, ...]
 
 
-_IN_INTERPRETER = replace(schedule.H200, ptx=False)
+_IN_INTERPRETER = replace(H200, ptx=False)
 _stand_in: Device | None = None
 """The device that CPU tensors are planned for and compiled for, see :func:`standing_in`."""
 

@@ -11,10 +11,11 @@ import torch
 import triton.language as tl
 
 from . import schedule
+from .gpus import Device
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
 from .norm import Norm
-from .schedule import Device, Limits, column_tile, stream
+from .schedule import Limits, column_tile, stream
 from .ticketing import Tickets
 from .tile import Tile, vector
 from .views import Shapes, View
@@ -162,8 +163,9 @@ class Planner:
 
     @property
     def many(self) -> bool:
-        """Whether a program for each group, though it be a large one, keeps more than half of the device busy."""
-        return not self.images or 2 * self.base.layout.groups > self.device.num_sms
+        """Whether a program for each group keeps more than half of the device busy, or has not much to do."""
+        layout = self.base.layout
+        return not self.images or layout.group <= 24576 or 2 * layout.groups > self.device.num_sms
 
     @property
     def heavy(self) -> bool:

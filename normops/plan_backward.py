@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from . import schedule
+from .gpus import Device
 from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
 from .norm import Norm
 from .plan import CHEAP, Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
-from .schedule import Device, Limits
+from .schedule import Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, along_m, in_rows, next_power_of_2, sideways, vector
 from .views import Shapes, View

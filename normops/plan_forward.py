@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from . import schedule
+from .gpus import Device
 from .kernels.bundles import APPLY, STATISTICS, Form
 from .kernels.finish import finish
 from .kernels.resident import normalize
@@ -14,7 +15,7 @@ from .kernels.stream import stream
 from .layout import Layout
 from .norm import Norm
 from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
-from .schedule import Device, Limits
+from .schedule import Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, in_rows, next_power_of_2, sideways
 from .views import Shapes, View
@@ -64,7 +65,7 @@ class _Forward(Planner):
         tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
         if tile is not None:
             return tile
-        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.heavy, self.many)
+        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.heavy)
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout

@@ -12,40 +12,9 @@ from dataclasses import dataclass, replace
 from math import gcd, log2
 from typing import Any
 
+from .gpus import Device
 from .layout import Layout
 from .tile import Tile, along_m, in_rows, kept_bound, next_power_of_2, sideways, vector
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """The facts a schedule depends on."""
-
-    name: str
-    num_sms: int
-    capability: tuple[int, int]
-    l2_bytes: int = 0
-    """What all SMs share; 0: they share none, and a second read is never planned to be found there."""
-
-    ptx: bool = True
-    """Whether kernels may use NVIDIA's inline assembly there."""
-
-    @property
-    def window(self) -> int:
-        """Bytes that a launch may plan to find again in L2 while it goes on reading and writing: 3/8 of it.
-
-        A large L2 is split in halves that may both hold a line, and what is written passes through it too.
-        """
-        return 3 * self.l2_bytes // 8
-
-
-MIB = 1 << 20
-A100 = Device("a100", 108, (8, 0), 40 * MIB)
-H100 = Device("h100", 132, (9, 0), 50 * MIB)
-H200 = Device("h200", 132, (9, 0), 50 * MIB)
-B200 = Device("b200", 148, (10, 0), 126 * MIB)
-RTX4090 = Device("rtx4090", 128, (8, 9), 72 * MIB)
-MI300X = Device("mi300x", 304, (9, 4), ptx=False)  # eight dies, each with an L2 of its own
-KNOWN = {device.name: device for device in (A100, H100, H200, B200, RTX4090, MI300X)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: part of the key of every call
@@ -226,13 +195,12 @@ def whole_planes(layout: Layout, itemsize: int, least: int, most: int) -> Tile |
 
 
 def forward_groups(
-    layout: Layout, itemsize: int, acc_bytes: int, device: Device, extra: bool, heavy: bool, many: bool
+    layout: Layout, itemsize: int, acc_bytes: int, device: Device, extra: bool, heavy: bool
 ) -> Tile | None:
     """A tile of whole groups for a forward program, which holds x as it came: a register an element in fp32, half of
-    one in bf16.  `extra`: another tensor is added; `heavy`: an activation of many registers; `many`: of the largest
-    tiles there are enough for every other SM."""
+    one in bf16.  `extra`: another tensor is added; `heavy`: an activation of many registers."""
     limit = limits().forward // (2 if itemsize == 4 else 1)
-    pure = many and not (extra or heavy or acc_bytes > 4)
+    pure = not (extra or heavy or acc_bytes > 4)
     tile = whole_planes(layout, itemsize, limit * 2 // 3, limit * 4 // 3) if pure else None
     if tile is not None:
         return tile

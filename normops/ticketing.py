@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from .gpus import Device
 from .layout import Layout
-from .schedule import Device, Limits, line_groups, stream
+from .schedule import Limits, line_groups, stream
 from .tile import Tile, kept_bound, next_power_of_2, vector
 
 FIRST_STATE = 32

@@ -13,7 +13,7 @@ BUDGETS = {
     # BatchNorm + ReLU, InstanceNorm + leaky ReLU, GroupNorm + SiLU: planes of 1024 pixels and more.
     ("resnet 64x56 b256", "contiguous"): (14, 21),
     ("nnunet 32x128", "contiguous"): (15, 28),
-    ("unet 320x64 b16", "contiguous"): (20, 35),
+    ("unet 320x64 b16", "contiguous"): (20, 37),  # read once: two derivatives of SiLU an element
     # The same where channels lie side by side.
     ("resnet 64x56 b256", "channels_last"): (12, 19),
     ("nnunet 32x128", "channels_last_3d"): (15, 24),
@@ -27,7 +27,10 @@ BUDGETS = {
     ("head norm 128", "contiguous"): (12, 18),
     ("llama last", "contiguous"): (12, 18),
     ("many long rows", "contiguous"): (20, 24),
-    ("convnext 128x56", "contiguous"): (18, 28),
+    ("convnext 128x56", "contiguous"): (18, 18),
+    ("convnext 256x28", "contiguous"): (18, 19),
+    # Planes of 28 x 28, whole channels of which stay on chip.
+    ("resnet downsample", "contiguous"): (17, 19),
 }
 """(forward, backward)"""
 

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from bench import providers, verify
 from bench.cases import CASES, Case
 from normops import functional as F
-from normops import launch, schedule
+from normops import gpus, launch, schedule
 from normops import norm as norms
 from normops.kernels.resident import grad_normalize
 from normops.layout import dense_strides
@@ -167,7 +167,7 @@ def test_odd_tiles_and_what_is_asked_for(norm: Norm, shape: tuple[int, ...], fmt
     """One of the operands is broadcast, parameters of one element occur, and gradients are left out in turn."""
     n = shape[-1] if norm in (layer_norm, rms_norm) else shape[1]
     # So few programs that walks over the batch take several steps, the last ones past its end.
-    few = replace(schedule.H200, num_sms=3, ptx=False)
+    few = replace(gpus.H200, num_sms=3, ptx=False)
     with launch.standing_in(few), schedule.forced(**limits), counted() as (planned, found):
         for needs, options in (
             ((True, True, True), {"activation": "silu", "post_add": torch.randn(shape[-1]).expand(shape)}),
@@ -206,7 +206,7 @@ def planned(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *ope
     names = ("X", "DY", "W", "POST", "DSUM", "DX", "DPOST") if backward else ("X", "PRE", "SUM", "W", "POST", "Y")
     strides = {"W": weight_strides(norm), **dict.fromkeys(map(str.upper, operands), dense)}
     shapes = Shapes(dense, tuple((name, strides.get(name)) for name in names))
-    given = (schedule.limits(), schedule.H200)
+    given = (schedule.limits(), gpus.H200)
     if backward:
         return plan_backward(norm, shapes, 2, torch.float32, False, (True, True, True, False), *given)
     return plan_forward(norm, shapes, 2, torch.float32, "", *given)
@@ -250,10 +250,10 @@ def test_a_ticketed_call_moves_its_floor_where_its_window_fits(operands: tuple[s
     plan = planned(BATCH, (256, c, 3136), *operands)
     given = {name: size for name, size in SIZES.items() if size == 4 or name in operands}
     assert plan.engine == "ticketed" and tensor > 20 * MB
-    done = cost.hbm(plan, given, schedule.H200.window)
+    done = cost.hbm(plan, given, gpus.H200.window)
     again = 2 if "dy" in operands else 1
     assert done.bytes == cost.floor(plan, given)
-    assert done.cached >= again * tensor and tensor // c < done.window <= schedule.H200.window < 20e6
+    assert done.cached >= again * tensor and tensor // c < done.window <= gpus.H200.window < 20e6
     assert cost.hbm(plan, given, done.window - 1).bytes == done.bytes + again * tensor
 
 

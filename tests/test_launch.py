@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from normops import functional as F
-from normops import launch, schedule
+from normops import gpus, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -193,7 +193,7 @@ def test_an_unknown_device_is_planned_for_by_its_properties(monkeypatch: pytest.
     launch._properties.cache_clear()
     try:
         device = launch.device_facts(torch.device("cuda", 63))
-        assert device == schedule.Device("none we know", 20, (8, 6), 4 << 20)
+        assert device == gpus.Device("none we know", 20, (8, 6), 4 << 20)
         assert 0 < device.window < facts.L2_cache_size
         monkeypatch.setattr(torch.version, "hip", "6.0")
         launch._properties.cache_clear()

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From right to left; a module may import modules of the rows above its own.
 LAYERS = (
-    {"kernels", "layout", "activations", "compiled", "counters"},
+    {"kernels", "layout", "gpus", "activations", "compiled", "counters"},
     {"tile", "norm"},
     {"schedule"},
     {"ticketing", "views"},
@@ -37,24 +37,29 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 # Where less than the order allows is allowed: everything but the standard library that a module may import.
 ONLY = {
     "layout": set(),
+    "gpus": set(),
     "norm": {"torch", ".layout"},
     "tile": {".layout"},
-    "schedule": {".layout", ".tile"},
-    "ticketing": {".layout", ".schedule", ".tile"},
+    "schedule": {".gpus", ".layout", ".tile"},
+    "ticketing": {".gpus", ".layout", ".schedule", ".tile"},
     "activations": {"torch"},
     "reference": {"torch", ".activations", ".norm", ".plan"},
     "views": {".kernels", ".layout", ".schedule", ".tile"},
-    "plan": {"torch", "triton", ".kernels", ".layout", ".norm", ".schedule", ".ticketing", ".tile", ".views"},
+    "plan": {
+        "torch", "triton", ".gpus", ".kernels", ".layout", ".norm", ".schedule", ".ticketing", ".tile", ".views",
+    },
     "plan_forward": {
-        "torch", "triton", ".layout", ".norm", ".plan", ".schedule", ".ticketing", ".tile", ".views", ".kernels"
+        "torch", "triton", ".gpus", ".layout", ".norm", ".plan", ".schedule", ".ticketing", ".tile", ".views",
+        ".kernels",
     },
     "plan_backward": {
-        "torch", "triton", ".layout", ".norm", ".plan", ".schedule", ".ticketing", ".tile", ".views", ".kernels"
+        "torch", "triton", ".gpus", ".layout", ".norm", ".plan", ".schedule", ".ticketing", ".tile", ".views",
+        ".kernels",
     },
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {
-        "torch", ".compiled", ".counters", ".layout", ".norm", ".plan", ".plan_forward",
+        "torch", ".compiled", ".counters", ".gpus", ".layout", ".norm", ".plan", ".plan_forward",
         ".plan_backward", ".schedule", ".views", ".kernels",
     },
 }

@@ -9,9 +9,9 @@ from math import prod
 import pytest
 
 from normops import schedule, ticketing
+from normops.gpus import A100, B200, H200, KNOWN, Device
 from normops.kernels import tickets
 from normops.layout import Layout, coalesce, dense_strides, split
-from normops.schedule import A100, B200, H200, KNOWN, Device
 from normops.tile import Tile, along_m, next_power_of_2, vector
 
 DEVICES = (A100, H200, B200)

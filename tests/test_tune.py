@@ -16,7 +16,8 @@ import torch
 from bench import tune, tune_propose
 from bench.tune_cases import SWEEP, THRESHOLDS, chosen, questions, tasks
 from bench.tune_propose import Choice, best_value, comment, crossover, furthest, groups, proposals
-from normops.schedule import H200, Limits
+from normops.gpus import H200
+from normops.schedule import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMITS = asdict(Limits()) | {"window": H200.window}

@@ -18,13 +18,14 @@ from bench.cases import Case
 from bench.timing import Job
 from bench.tune_cases import Task, questions, tasks
 from bench.tune_propose import groups
-from normops import schedule
-from normops.schedule import H200, Limits
+from normops import gpus, schedule
+from normops.gpus import H200
+from normops.schedule import Limits
 from tests.bench_doubles import BY_NAME, FakeDevice, FakeShell, serial
 from tests.test_tune import LIMITS, row
 
 
-def a_task(question: str, case: Case = BY_NAME["image group"], device: schedule.Device = H200) -> Task:
+def a_task(question: str, case: Case = BY_NAME["image group"], device: gpus.Device = H200) -> Task:
     (asked,) = (q for q in questions(Limits(), device) if q.name == question)
     return Task(Job(case, "contiguous", "fp32"), asked)
 
@@ -56,7 +57,7 @@ def test_the_limit_that_a_call_needs_is_the_one_that_decides() -> None:
         assert engines == [False, True], direction
         held = dict.fromkeys(("forward", "backward", "backward_affine"), 1)
         for value in (facts["window_need"] // 2, facts["window_need"]):
-            plan = tune_measure.plans(task, inputs, held | {"window": value})[direction]
+            plan = tune_measure.plans(task, inputs, held | tune_measure.UNCACHED | {"window": value})[direction]
             engines.append(plan.engine == "ticketed")
         assert engines[2:] == [False, True], direction
 

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from normops import functional, launch, schedule
+from normops import functional, gpus, launch
 from normops.kernels.norm import first_elements
 from normops.testing import HARDWARE, VirtualLaunch, virtual_device
 
@@ -340,9 +340,9 @@ def test_resident(name: str, registers: int, shared: int, threads: int, programs
 
 
 def test_hardware() -> None:
-    assert list(HARDWARE) == ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"] == list(schedule.KNOWN)
+    assert list(HARDWARE) == ["a100", "h100", "h200", "b200", "rtx4090", "mi300x"] == list(gpus.KNOWN)
     for name, hardware in HARDWARE.items():
-        assert hardware.name == hardware.facts.name == name and hardware.facts is schedule.KNOWN[name]
+        assert hardware.name == hardware.facts.name == name and hardware.facts is gpus.KNOWN[name]
         assert hardware.bandwidth_source.startswith(("measured: ", "assumed: "))
         assert hardware.copy_start_source.startswith("measured: " if name == "h100" else "assumed: ")
         assert hardware.copy_us(0) == 1e6 * hardware.copy_start and 1e9 < hardware.clock < 3e9

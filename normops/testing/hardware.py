@@ -15,7 +15,7 @@ from typing import Any
 
 from triton.backends.compiler import GPUTarget
 
-from .. import schedule
+from .. import gpus
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -32,7 +32,7 @@ class Hardware:
 
     name: str
     title: str
-    facts: schedule.Device
+    facts: gpus.Device
     target: GPUTarget
     registers_per_sm: int
     """32-bit registers."""
@@ -84,7 +84,7 @@ class Hardware:
         return min(by_registers, by_shared, self.threads_per_sm // (warps * warp), self.programs_per_sm)
 
 
-def _cuda(facts: schedule.Device, title: str, shared_per_sm: int, threads: int, programs: int, l2: int,
+def _cuda(facts: gpus.Device, title: str, shared_per_sm: int, threads: int, programs: int, l2: int,
           clock: float, bandwidth: float, source: str, **measured: Any) -> Hardware:  # fmt: skip
     major, minor = facts.capability
     return Hardware(
@@ -97,20 +97,20 @@ def _cuda(facts: schedule.Device, title: str, shared_per_sm: int, threads: int, 
 _LOCAL = "measured: local copy of CUDA's p2pBandwidthLatencyTest, "
 
 _ALL = (
-    _cuda(schedule.A100, "NVIDIA A100 SXM 80 GB", 164 * KIB, 2048, 32, 40 * MIB, 1.41e9, 1.60e12,
+    _cuda(gpus.A100, "NVIDIA A100 SXM 80 GB", 164 * KIB, 2048, 32, 40 * MIB, 1.41e9, 1.60e12,
           _LOCAL + "github.com/LLMServe/DistServe/issues/3 (2.04 TB/s in the specification)"),
-    _cuda(schedule.H100, "NVIDIA H100 SXM 80 GB", 228 * KIB, 2048, 32, 50 * MIB, 1.98e9, 2.96e12,
+    _cuda(gpus.H100, "NVIDIA H100 SXM 80 GB", 228 * KIB, 2048, 32, 50 * MIB, 1.98e9, 2.96e12,
           "measured: copies of 1 to 800 MB on one H100, bench/results (3.35 TB/s in the specification)",
           copy_start_source="measured: the same copies"),
-    _cuda(schedule.H200, "NVIDIA H200 SXM", 228 * KIB, 2048, 32, 50 * MIB, 1.98e9, 4.3e12,
+    _cuda(gpus.H200, "NVIDIA H200 SXM", 228 * KIB, 2048, 32, 50 * MIB, 1.98e9, 4.3e12,
           "measured: PyTorch device-to-device copy on one H200 (4.8 TB/s in the specification)"),
-    _cuda(schedule.B200, "NVIDIA B200", 228 * KIB, 2048, 32, 126 * MIB, 1.965e9, 6.0e12,
+    _cuda(gpus.B200, "NVIDIA B200", 228 * KIB, 2048, 32, 126 * MIB, 1.965e9, 6.0e12,
           "measured: device-to-device copy of the CUDA samples, \"over 6,000 GB/s\", newmind.ai/journal/18 "
           "(8 TB/s in the specification)"),
-    _cuda(schedule.RTX4090, "NVIDIA GeForce RTX 4090", 100 * KIB, 1536, 24, 72 * MIB, 2.52e9, 0.92e12,
+    _cuda(gpus.RTX4090, "NVIDIA GeForce RTX 4090", 100 * KIB, 1536, 24, 72 * MIB, 2.52e9, 0.92e12,
           _LOCAL + "github.com/tinygrad/open-gpu-kernel-modules/issues/6 (1.01 TB/s in the specification)"),
     Hardware(
-        "mi300x", "AMD Instinct MI300X", schedule.MI300X, GPUTarget("hip", "gfx942", 64),
+        "mi300x", "AMD Instinct MI300X", gpus.MI300X, GPUTarget("hip", "gfx942", 64),
         registers_per_sm=128 * KIB, shared_per_sm=64 * KIB, max_shared=64 * KIB, threads_per_sm=2048,
         programs_per_sm=32, l2_bytes=4 * MIB, clock=2.1e9, copy_bandwidth=4.2e12,
         bandwidth_source="measured: ROCm's roofline benchmark (not a copy), github.com/ROCm/legacy-rocm-build/issues/"
