@@ -2,6 +2,7 @@
 # make bench     the benchmark
 # make lint      ruff and mypy
 # make versions  compile the layouts of the tests with several versions of Triton (VERSIONS="3.6 3.9": with these)
+# make spills    compile 200 random calls for three devices that are not there: which of their kernels spill registers
 # make clean     remove the virtual environments and everything built
 # Needs Python >= 3.10 with venv, git and make; the rest is installed into .venv.
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test bench lint versions clean
+.PHONY: test bench lint versions spills clean
 
 # by file: what a module prepares for its tests, one process prepares; in order, so that the long files do not come last
 test: .venv/.stamp
@@ -25,6 +26,9 @@ lint: .venv/.stamp
 
 versions:
 	$(PYTHON) tests/versions.py $(VERSIONS)
+
+spills: .venv/.stamp
+	$(BIN)/python -m tests.spills
 
 # torch first and at exactly the tested version, so that nothing later chooses another one
 .venv/.stamp: pyproject.toml constraints.txt
