@@ -328,8 +328,8 @@ def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tupl
         return blocks, 1
     wanted = max(1, device.num_sms * max(1, warps // tile.warps) // across)
     if sums and layout.extent("s") == 1:
-        # Partial dw and db are 8 bytes a column and part: of 16 rows each, they are a tenth of x, dy and dx.
-        wanted = max(1, min(wanted, layout.extent("m") // 16))
+        # Partial dw and db are 8 bytes a column and part: of 8 rows each, they are a fifth of x, dy and dx.
+        wanted = max(1, min(wanted, layout.extent("m") // 8))
     each = -(-blocks // min(wanted, blocks))
     return -(-blocks // each), each
 
@@ -342,9 +342,9 @@ def finish_group_tile(kept_first: bool, n_a: int = 1) -> tuple[int, int, int]:
 
 
 def sum_rows_tile(columns: int, rows: int) -> tuple[int, int]:
-    """(rows, columns) of partial dw, db taken at once: a sector of fp32 each or more, so that many programs share the
-    columns and none of them waits for more than a few loads one after the other."""
-    p = 16 if rows <= 16 else 256
+    """(rows, columns) of partial dw, db taken at once: about as many rows as there are, a sector of fp32 of each or
+    more, so that many programs share the columns and none waits for more than a few loads one after the other."""
+    p = 4 if rows <= 4 else 16 if rows <= 16 else 256
     return p, min(2048 // p, next_power_of_2(columns))
 
 
