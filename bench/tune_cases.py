@@ -23,7 +23,7 @@ SWEEP_ELEMENTS = 32 * MIB
 RESIDENT = ("forward", "forward_sideways", "backward", "backward_affine")
 """Limits up to which groups are held on chip."""
 THRESHOLDS = (*RESIDENT, "window")
-"""Limits that choose an engine; all other fields are values of one."""
+"""Limits that choose an engine; of all other fields values are tried."""
 ALTERNATIVES = {
     "ticket_tile": (0.5, 2), "grad_ticket_tile": (0.5, 2), "tile": (0.5, 2), "grad_tile": (0.5, 2),
     "ticket_warp": (0.5, 2), "grad_ticket_warp": (0.5, 2),

@@ -15,13 +15,10 @@ from .gpus import Device
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
 from .norm import Norm
-from .schedule import Limits, column_tile, stream
+from .schedule import Limits
 from .ticketing import Tickets
 from .tile import Tile, vector
 from .views import Shapes, View
-
-CHEAP = ("identity", "relu", "leaky_relu")
-"""Activations of an instruction or two."""
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -162,17 +159,6 @@ class Planner:
         return bool(layout.runs_of("c")) or layout.batch in ("a", "s")
 
     @property
-    def many(self) -> bool:
-        """Whether a program for each group keeps more than half of the device busy, or has not much to do."""
-        layout = self.base.layout
-        return not self.images or layout.group <= 24576 or 2 * layout.groups > self.device.num_sms
-
-    @property
-    def heavy(self) -> bool:
-        """Whether the activation takes many registers."""
-        return self.spec.activation in ("gelu", "gelu_tanh")
-
-    @property
     def small(self) -> bool:
         """Whether they are images of which L2 holds much when another launch reads them again."""
         return self.images and self.base.layout.numel * self.itemsize <= self.cached * self.device.l2_bytes
@@ -205,9 +191,9 @@ class Planner:
         """What a launch for each visit walks through, its tile (columns have one of their own size), its form."""
         view = self.columns or self.base
         if self.columns is not None:
-            tile = column_tile(view.layout, self.itemsize, self.device)
+            tile = schedule.column_tile(view.layout, self.itemsize, self.device)
             return view, tile, self.column_form(self.form(view), tile, view.layout)
-        tile = stream(view.layout, self.itemsize, self.acc_bytes, elements, per_warp)
+        tile = schedule.stream(view.layout, self.itemsize, self.acc_bytes, elements, per_warp)
         return view, tile, cut(self.form(view), tile, view.layout, KEPT_FIRST=kept_first(view.layout))
 
     def choose(self) -> Plan:

@@ -11,7 +11,7 @@ from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_normalize
 from .norm import Norm
-from .plan import CHEAP, Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
+from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, along_m, in_rows, next_power_of_2, sideways, vector
@@ -44,7 +44,8 @@ class _Backward(Planner):
         self.n_m, self.n_c, self.n_a, self.n_s = (self.base.layout.extent(letter) for letter in "mcas")
         self.sums_wide = self.n_c * self.n_a
         self.activated = spec.activation != "identity"
-        self.cached = limits.grad_cached if spec.activation in CHEAP else limits.grad_cached_activated
+        cheap = spec.activation in schedule.CHEAP
+        self.cached = limits.grad_cached if cheap else limits.grad_cached_activated
         self.added = shapes.has("POST")
         if self.activated and self.added:  # three streams, not two
             self.cached *= 2 / 3
@@ -99,7 +100,7 @@ class _Backward(Planner):
     # The whole gradient
 
     def resident_tile(self) -> Tile | None:
-        limits, layout = self.limits, self.groups.layout
+        layout = self.groups.layout
         affine = self.along_rows and (self.dw or self.db)
         if affine and in_rows(layout):
             return schedule.rows(layout, self.itemsize, self.acc_bytes, 32, 8)
@@ -107,14 +108,10 @@ class _Backward(Planner):
             tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 4 if self.activated else 8, 8)
             if tile is not None:
                 return tile
-        if affine:  # dw and db of every element are held, too
-            limit, most = limits.backward_affine, 8 if self.activated else 16
-            pack = limits.grad_tile
-            return schedule.whole_groups(layout, self.itemsize, self.acc_bytes, limit, pack, 512, self.activated, most)
-        # With others, or a third stream, the tile would spill.
-        single = self.spec.activation in ("identity", "relu", "silu") and not (self.activated and self.added)
-        single = single and self.many
-        return schedule.backward_groups(layout, self.itemsize, self.acc_bytes, self.activated, single)
+        # With a third stream one large group would spill; of images there must be enough of them.
+        single = not (self.activated and self.added)
+        single = single and (not self.images or schedule.enough(self.base.layout, self.device))
+        return schedule.backward_groups(layout, self.itemsize, self.acc_bytes, self.spec.activation, affine, single)
 
     def resident(self, tile: Tile) -> Plan:
         self.walk(tile, BOTH, NONE)

@@ -65,7 +65,7 @@ class _Forward(Planner):
         tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
         if tile is not None:
             return tile
-        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.heavy)
+        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.spec.activation)
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout

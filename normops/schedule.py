@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpus import Device
 from .layout import Layout
-from .tile import Tile, along_m, in_rows, kept_bound, next_power_of_2, sideways, vector
+from .tile import Tile, along_m, in_rows, kept_bound, line_groups, next_power_of_2, sideways, vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: part of the key of every call
@@ -67,6 +67,13 @@ class Limits:
     grad_column_programs: int = 6
 
 
+CHEAP = ("identity", "relu", "leaky_relu")
+"""Activations of an instruction or two."""
+HEAVY = ("gelu", "gelu_tanh")
+"""Those that take many registers."""
+MADE_TWICE = ("identity", "relu", "silu")
+"""Those whose derivative may be made twice beside x and dy; others spill."""
+
 ENGINES = ("resident", "ticketed", "split")
 _limits = Limits()
 
@@ -101,19 +108,6 @@ def forced(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _limits = before
-
-
-def line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
-    """Groups side by side that a tile needs to cover a line of memory."""
-    if not layout.runs:
-        return 1
-    inner = layout.runs[-1]
-    line = line_bytes // itemsize
-    if not inner.reduced:
-        return line
-    if len(layout.runs) > 2 and not layout.runs[-2].reduced and inner.size < line:
-        return next_power_of_2(-(-line // inner.size))
-    return 1
 
 
 def column_blocks(layout: Layout, itemsize: int) -> list[tuple[int, int]]:
@@ -195,11 +189,12 @@ def whole_planes(layout: Layout, itemsize: int, least: int, most: int) -> Tile |
 
 
 def forward_groups(
-    layout: Layout, itemsize: int, acc_bytes: int, device: Device, extra: bool, heavy: bool
+    layout: Layout, itemsize: int, acc_bytes: int, device: Device, extra: bool, activation: str
 ) -> Tile | None:
     """A tile of whole groups for a forward program, which holds x as it came: a register an element in fp32, half of
-    one in bf16.  `extra`: another tensor is added; `heavy`: an activation of many registers."""
+    one in bf16.  `extra`: another tensor is added."""
     limit = limits().forward // (2 if itemsize == 4 else 1)
+    heavy = activation in HEAVY
     pure = not (extra or heavy or acc_bytes > 4)
     tile = whole_planes(layout, itemsize, limit * 2 // 3, limit * 4 // 3) if pure else None
     if tile is not None:
@@ -215,14 +210,23 @@ def forward_groups(
     return whole_groups(layout, itemsize, acc_bytes, limit, limits().tile, 1024, extra, 16)
 
 
-def backward_groups(layout: Layout, itemsize: int, acc_bytes: int, activated: bool, single: bool) -> Tile | None:
-    """A tile of whole groups for a backward program, which holds x, dy and what is made of them; or, where these do not
-    fit and `single`, one group with x and dy as they came."""
-    limit, pack = limits().backward, limits().grad_tile
+def enough(layout: Layout, device: Device) -> bool:
+    """Whether a program for each group keeps more than half of the device busy, or has not much to do."""
+    return layout.group <= 24576 or 2 * layout.groups > device.num_sms
+
+
+def backward_groups(
+    layout: Layout, itemsize: int, acc_bytes: int, activation: str, affine: bool, single: bool
+) -> Tile | None:
+    """A tile of whole groups for a backward program, which holds x, dy and what is made of them (`affine`: and dw and
+    db of every element); or, where these do not fit and `single`, one group with x and dy as they came."""
+    activated, pack = activation != "identity", limits().grad_tile
+    limit = limits().backward_affine if affine else limits().backward
     # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
     tile = whole_groups(layout, itemsize, acc_bytes, limit, pack, 512, activated, 8 if activated else 16)
-    if tile is None and single and itemsize == 2:
+    if tile is None and single and not affine and itemsize == 2 and activation in MADE_TWICE:
         a, s = layout.extent("a"), layout.extent("s")
+        # Several planes a piece spill beyond 32k; so do masks along s beside parameters and a derivative.
         tile = whole_planes(layout, itemsize, limit * 3 // 2, limit * 5 // 2 if s >= 4096 else 2 * limit)
         if tile is None and not (activated and a > 1 and s & (s - 1)):
             tile = whole_groups(layout, itemsize, acc_bytes, 2 * limit, pack, 512)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from .gpus import Device
 from .layout import Layout
-from .schedule import Limits, line_groups, stream
-from .tile import Tile, kept_bound, next_power_of_2, vector
+from .schedule import Limits, stream
+from .tile import Tile, kept_bound, line_groups, next_power_of_2, vector
 
 FIRST_STATE = 32
 """Where the states of units begin, as in kernels/tickets.py."""

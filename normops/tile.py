@@ -89,3 +89,16 @@ def sideways(layout: Layout) -> bool:
 def in_rows(layout: Layout) -> bool:
     """Whether the kept points are rows, parameters run along them and nothing else is averaged over."""
     return layout.letters[-1:] == "a" and layout.extent("s") == 1 and len(layout.runs_of("a")) == 1 and along_m(layout)
+
+
+def line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
+    """Groups side by side that a tile needs to cover a line of memory."""
+    if not layout.runs:
+        return 1
+    inner = layout.runs[-1]
+    line = line_bytes // itemsize
+    if not inner.reduced:
+        return line
+    if len(layout.runs) > 2 and not layout.runs[-2].reduced and inner.size < line:
+        return next_power_of_2(-(-line // inner.size))
+    return 1
