@@ -7,7 +7,7 @@ that stand in a tuple by their names only, and would go on with an old one.
 import triton
 import triton.language as tl
 
-from .elements import fast_sigmoid
+from .elements import exact_sigmoid, fast_sigmoid
 
 
 @triton.jit
@@ -27,21 +27,15 @@ def leaky_relu_grad(z):
 
 
 @triton.jit
-def sigmoid(z):
-    # exp of a non-positive number only, so that nothing overflows.
-    e = tl.exp(-tl.abs(z))
-    return tl.where(z < 0.0, e, z * 0.0 + 1.0) / (1.0 + e)
+def sigmoid(z, dtype: tl.constexpr, F: tl.constexpr):
+    """of which a dtype is made: of 16 bits an approximation will do"""
+    return fast_sigmoid(z, F) if dtype.primitive_bitwidth == 16 and F.ACC == tl.float32 else exact_sigmoid(z, F)
 
 
 @triton.jit
 def sigmoid_grad(p):
     """of p = sigmoid(z)"""
     return p * (1.0 - p)
-
-
-@triton.jit
-def silu(z):
-    return z * sigmoid(z)
 
 
 @triton.jit
@@ -105,12 +99,6 @@ def hardswish_grad(z):
 
 
 @triton.jit
-def fast(dtype: tl.constexpr, F: tl.constexpr):
-    """Whether what is made of a sigmoid is rounded to 16 bits, so that an approximation of fp32 will do."""
-    return dtype.primitive_bitwidth == 16 and F.ACC == tl.float32
-
-
-@triton.jit
 def activation(z, dtype: tl.constexpr, F: tl.constexpr):
     """f(z), which is stored as a dtype"""
     if F.ACT == "relu":
@@ -118,13 +106,13 @@ def activation(z, dtype: tl.constexpr, F: tl.constexpr):
     elif F.ACT == "leaky_relu":
         z = leaky_relu(z)
     elif F.ACT == "silu":
-        z = z * fast_sigmoid(z, F) if fast(dtype, F) else silu(z)
+        z = z * sigmoid(z, dtype, F)
     elif F.ACT == "gelu":
         z = gelu(z)
     elif F.ACT == "gelu_tanh":
         z = gelu_tanh(z)
     elif F.ACT == "sigmoid":
-        z = fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z)
+        z = sigmoid(z, dtype, F)
     elif F.ACT == "tanh":
         z = tanh(z)
     elif F.ACT == "hardswish":
@@ -140,13 +128,13 @@ def activation_grad(z, dtype: tl.constexpr, F: tl.constexpr):
     if F.ACT == "leaky_relu":
         z = leaky_relu_grad(z)
     elif F.ACT == "silu":
-        z = silu_grad(z, fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z))
+        z = silu_grad(z, sigmoid(z, dtype, F))
     elif F.ACT == "gelu":
         z = gelu_grad(z)
     elif F.ACT == "gelu_tanh":
         z = gelu_tanh_grad(z)
     elif F.ACT == "sigmoid":
-        z = sigmoid_grad(fast_sigmoid(z, F) if fast(dtype, F) else sigmoid(z))
+        z = sigmoid_grad(sigmoid(z, dtype, F))
     elif F.ACT == "tanh":
         z = tanh_grad(z)
     else:

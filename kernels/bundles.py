@@ -65,6 +65,8 @@ class Form(NamedTuple):
     ACT: Any = "identity"
     PTX: Any = False
     """Whether inline assembly of NVIDIA may be used; its plain twins stand beside it, in elements.py."""
+    ACCESS: Any = 1
+    """Elements of an access to x."""
     ALONG_M: Any = True
     BLOCK_K: Any = 1
     BLOCK_A: Any = 1

@@ -19,12 +19,13 @@ def widen(v, F: tl.constexpr, PURE: tl.constexpr = True):
 
     PURE: what was made of v before may be used again; else it is not kept in registers beside v for that.
     """
-    if F.PTX and v.dtype == tl.bfloat16 and F.ACC == tl.float32:
+    PAIRS: tl.constexpr = F.PTX and F.ACC == tl.float32 and F.ACCESS > 1
+    if PAIRS and v.dtype == tl.bfloat16:
         v = tl.inline_asm_elementwise(
             "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [v],
             dtype=tl.float32, is_pure=PURE, pack=2,
         )  # fmt: skip
-    elif F.PTX and v.dtype == tl.float16 and F.ACC == tl.float32:
+    elif PAIRS and v.dtype == tl.float16:
         v = tl.inline_asm_elementwise(
             "{ .reg .b16 p, q; mov.b32 {p, q}, $2; cvt.f32.f16 $0, p; cvt.f32.f16 $1, q; }", "=r,=r,r", [v],
             dtype=tl.float32, is_pure=PURE, pack=2,
@@ -49,6 +50,26 @@ def fast_sigmoid(z, F: tl.constexpr):
         )  # fmt: skip
     else:
         s = 1.0 / (1.0 + tl.exp(-z))
+    return s
+
+
+@triton.jit
+def exact_sigmoid(z, F: tl.constexpr):
+    """1 / (1 + exp(-z)) of fp32 to four steps of it: what the rounding of z · log2(e) leaves out is made up for.
+
+    Beyond ±88, where neither 1 + exp(-z) nor its distance from 1 can be told, as if at ±88.
+    """
+    if F.PTX and F.ACC == tl.float32:
+        s = tl.inline_asm_elementwise(
+            "{ .reg .f32 z, t, r; max.NaN.f32 z, $1, 0fC2B00000; min.NaN.f32 z, z, 0f42B00000;"
+            " mul.rn.f32 t, z, 0fBFB8AA3B; neg.f32 z, z; fma.rn.f32 r, t, 0fBF317218, z; ex2.approx.ftz.f32 t, t;"
+            " fma.rn.f32 t, t, r, t; add.f32 t, t, 0f3F800000; rcp.approx.ftz.f32 $0, t; }",
+            "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        # exp of a number that is not positive, so that nothing overflows.
+        e = tl.exp(-tl.abs(z))
+        s = tl.where(z < 0.0, e, z * 0.0 + 1.0) / (1.0 + e)
     return s
 
 

@@ -188,7 +188,8 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
     # Those of several pieces at once: behind a store they would wait for it.
-    AHEAD: tl.constexpr = PIECES if F.KEPT_FIRST or not F.PIECES_A else min(PIECES, 4)
+    FEW: tl.constexpr = min(PIECES, max(4, 4096 // (F.BLOCK_K * F.BLOCK_A)))
+    AHEAD: tl.constexpr = PIECES if F.KEPT_FIRST or not F.PIECES_A else FEW
     for q in tl.static_range(0, PIECES, AHEAD):
         ws = load_parameters(o.w, t, q, AHEAD, 1.0, F)
         bs = load_parameters(o.b, t, q, AHEAD, 0.0, F)

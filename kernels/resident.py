@@ -20,9 +20,8 @@ from .norm import (
     write_gradient,
     write_output,
 )
-from .sums import of_lanes, over_rows, plus
+from .sums import of_lanes, over_rows, plus, side_by_side
 from .tile import (
-    coordinates,
     extent,
     first_columns,
     group_size,
@@ -86,8 +85,8 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
         dw = dw + (zeros(F.BLOCK_K // LANE, F.BLOCK_A, 1, F.ACC),)
         db = db + (zeros(F.BLOCK_K // LANE, F.BLOCK_A, 1, F.ACC),)
 
-    # Tiles along m may stick out; of those along c, whose m is a number, there are no more than m has points.
-    blocks_m = steps if F.ALONG_M else tl.minimum(steps, extent(0, n0, F) - part * steps)
+    # Tiles of several m may stick out; of those of one there are no more than m has points.
+    blocks_m = steps if F.BLOCK_K > 1 and F.ALONG_M else tl.minimum(steps, extent(0, n0, F) - part * steps)
     if F.SINGLE:
         blocks_m = 1
     for j in range(0, blocks_m):
@@ -132,18 +131,17 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
                 write_gradient(o, d, g, k1, k0, w[p] * rstd, t, p, F)
 
     m, c, mk = kept(0 * part, c_start, n0, F, F.BLOCK_K)
-    t = tile_at(m, c, mk, a_start, 0, n0, F)
-    for p in tl.static_range(PIECES):
-        store_affine(o, dw[p], db[p], t, part, p, n0, F)
+    store_sums(o, dw, db, tile_at(m, c, mk, a_start, 0, n0, F), part, n0, F)
 
 
 @triton.jit
-def store_affine(o, dw, db, t, part, PIECE: tl.constexpr, n0, F: tl.constexpr):
-    """What a program has added up for dw and db, of one piece of a."""
+def store_sums(o, dw, db, t, part, n0, F: tl.constexpr):
+    """What a program has added up for dw and db, all pieces of a at once: [lanes of m or c, BLOCK_A, pieces]."""
     W: tl.constexpr = F.W
     PER_SUM: tl.constexpr = F.FOLD[3]
+    P: tl.constexpr = triton.next_power_of_2(F.PIECES)
     c = t.at[1]
-    a = coordinates(t, PIECE, F)[2]
+    a = t.at[2] + (tl.arange(0, P) * F.BLOCK_A)[None, None, :]
     if F.DIRECT:
         at = offsets((0, c, a, 0), W, F)
     else:
@@ -152,6 +150,14 @@ def store_affine(o, dw, db, t, part, PIECE: tl.constexpr, n0, F: tl.constexpr):
     if not F.ALONG_M:
         mask = mask & sum_lanes(t, F)
     if o.dw is not None:
-        store(o.dw, at, over_rows(dw, F) if F.ALONG_M else dw, mask)
+        store_affine(o.dw, dw, at, mask, P, F)
     if o.db is not None:
-        store(o.db, at, over_rows(db, F) if F.ALONG_M else db, mask)
+        store_affine(o.db, db, at, mask, P, F)
+
+
+@triton.jit
+def store_affine(ptr, v, at, mask, P: tl.constexpr, F: tl.constexpr):
+    v = side_by_side(v, P)
+    K: tl.constexpr = F.BLOCK_K // F.LANE
+    v = tl.reshape(v, (K, F.BLOCK_A, P))
+    store(ptr, at, over_rows(v, P, F) if F.ALONG_M else v, mask)

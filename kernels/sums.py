@@ -36,14 +36,30 @@ def of_lanes(v, F: tl.constexpr):
 
 
 @triton.jit
-def over_rows(v, F: tl.constexpr):
-    """[BLOCK_K / LANE, A, 1] -> [1, A, 1]: the sum over rows, which are those of different warps, or over the lanes of
-    each warp."""
+def side_by_side(v, N: tl.constexpr):
+    """A tuple of up to N [K, A, 1] -> [K, A, N], with zeros for those that are not there; N a power of two."""
+    if N == 1:
+        w = v[0]
+    else:
+        pairs = ()
+        for i in tl.static_range(N // 2):
+            if i + N // 2 < len(v):
+                pairs = pairs + (tl.join(v[i], v[i + N // 2]),)
+            else:
+                pairs = pairs + (tl.join(v[i], tl.zeros_like(v[i])),)
+        w = side_by_side(pairs, N // 2)
+    return w
+
+
+@triton.jit
+def over_rows(v, P: tl.constexpr, F: tl.constexpr):
+    """[BLOCK_K / LANE, BLOCK_A, P] -> [1, BLOCK_A, P]: the sum over rows, which are those of different warps, or over
+    the lanes of each warp."""
     if F.LANE > 1:
         v = tl.sum(v, 0, keep_dims=True)
     else:
-        v = halves(tl.trans(tl.reshape(v, (F.BLOCK_K, F.BLOCK_A))), F.BLOCK_A, F.BLOCK_K)
-        v = tl.reshape(v, (1, F.BLOCK_A, 1))
+        v = halves(tl.trans(tl.reshape(v, (F.BLOCK_K, F.BLOCK_A * P))), F.BLOCK_A * P, F.BLOCK_K)
+        v = tl.reshape(v, (1, F.BLOCK_A, P))
     return v
 
 

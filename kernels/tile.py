@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from .elements import widen
+
 # Hints to L2: to hold what is read or written for a second read, to drop it after the last one, none.
 EVICT_LAST = tl.constexpr("evict_last")
 EVICT_FIRST = tl.constexpr("evict_first")
@@ -242,6 +244,13 @@ def mask_parameters(t, PIECE: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def quotient(i, n):
+    """i // n and i % n of numbers of 32 bits that are not negative: of unsigned ones half as many instructions."""
+    q = (i.to(tl.uint32) // tl.full((), n, tl.uint32)).to(tl.int32)
+    return q, i - q * n
+
+
+@triton.jit
 def place(i, chunks_s, n0, F: tl.constexpr):
     """The i-th tile or chunk -> block of groups, block of a, chunk of s.
 
@@ -249,13 +258,11 @@ def place(i, chunks_s, n0, F: tl.constexpr):
     """
     chunks = tl.cdiv(extent(2, n0, F), F.WIDTH_A) * chunks_s
     if F.KEPT_FIRST:
-        blocks = kept_blocks(n0, F)
-        block = i % blocks
-        chunk = i // blocks
+        chunk, block = quotient(i, kept_blocks(n0, F))
     else:
-        block = i // chunks
-        chunk = i % chunks
-    return block, chunk // chunks_s, chunk % chunks_s
+        block, chunk = quotient(i, chunks)
+    block_a, chunk_s = quotient(chunk, chunks_s)
+    return block, block_a, chunk_s
 
 
 @triton.jit
@@ -313,20 +320,31 @@ def load_at(ptr, at, STRIDES: tl.constexpr, mask, F: tl.constexpr, SHARED: tl.co
 
     SHARED: they were stored by a program of this launch, so past L1, which is not coherent.
     """
-    p = ptr + offsets(at, STRIDES, F)
+    return load_from(ptr + offsets(at, STRIDES, F), mask, SHARED).to(F.ACC)
+
+
+@triton.jit
+def load_from(p, mask, SHARED: tl.constexpr = False):
     if mask is None:
         v = tl.load(p, cache_modifier=".cg" if SHARED else "")
     else:
         p, mask = tl.broadcast(p, mask)
         v = tl.load(p, mask=mask, other=0.0, cache_modifier=".cg" if SHARED else "")
-    return v.to(F.ACC)
+    return v
 
 
 @triton.jit
 def load_parameter(ptr, t, PIECE: tl.constexpr, F: tl.constexpr):
     """w or b of a piece."""
     W: tl.constexpr = F.W
-    return load_at(ptr, coordinates(t, PIECE, F), W, mask_parameters(t, PIECE, F), F)
+    ROWS: tl.constexpr = F.PIECES_A and F.BLOCK_S == 1 and not F.KEPT_FIRST
+    p = ptr + offsets(coordinates(t, PIECE, F), W, F)
+    if ROWS:
+        # A warp that has rows of its own reads w and b for itself, as it reads x: no way through shared memory.
+        BYTES: tl.constexpr = F.ACCESS * ptr.dtype.element_ty.primitive_bitwidth // 8
+        p, _ = tl.broadcast(tl.multiple_of(p, (1, BYTES, 1)), zeros(F.BLOCK_K, F.BLOCK_A, 1, tl.int1))
+    v = load_from(p, mask_parameters(t, PIECE, F))
+    return widen(v, F) if ROWS or (F.BLOCK_A >= 1024 and F.BLOCK_S == 1) else v.to(F.ACC)
 
 
 @triton.jit

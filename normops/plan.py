@@ -101,8 +101,8 @@ def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:
         "ALONG_M": tile.along_m, "BLOCK_K": tile.k, "BLOCK_A": tile.a, "BLOCK_S": tile.s,
         "FOLD": fold(layout, tile.columns, tile.groups), "WIDE": wide,
         "PIECES": tile.pieces, "PIECES_A": tile.along_a, "WIDTH_A": tile.width, "WIDTH_S": tile.length,
-        # Not of the batch: another one compiles nothing.
-        "FULL_K": not batch and tile.columns == tile.k and layout.extent(kept) % tile.k == 0,
+        # Not of the batch: another one compiles nothing.  A single group is there.
+        "FULL_K": tile.k == 1 or (not batch and tile.columns == tile.k and layout.extent(kept) % tile.k == 0),
         "FULL_A": full(layout, tile, "a"), "FULL_S": full(layout, tile, "s"),
         "SHARED_A": not form.W[2],
         **more,
@@ -134,6 +134,8 @@ def kept_first(layout: Layout) -> bool:
 class Planner:
     """What both directions know of a call, and the order in which they try engines."""
 
+    streams: int
+    """Operands of the size of x that are read."""
     cached: float
     """Bytes of x, as a share of L2, up to which a launch for each visit is predicted faster than one for both."""
 
@@ -146,7 +148,9 @@ class Planner:
         self.groups = shapes.of_groups(self.base, itemsize)
         self.columns = shapes.of_columns(self.base, itemsize)
         self.plane_tile: Tile | None
-        self.plane_tile, self.tiled = shapes.planes(self.base, itemsize, self.acc_bytes) or (None, self.base)
+        self.plane_tile, self.tiled = (
+            shapes.planes(self.base, itemsize, self.acc_bytes, self.streams) or (None, self.base)
+        )
 
     @property
     def streamed(self) -> Layout:
@@ -174,8 +178,13 @@ class Planner:
         return Form(
             SPACE=view.layout.space, ACC=tl.float64 if self.acc is torch.float64 else tl.float32,
             STAT=view.layout.statistics(), CENTER=self.spec.center, ACT=self.spec.activation, PTX=self.device.ptx,
-            **view.operands,
+            ACCESS=vector(view.layout, self.itemsize), **view.operands,
         )  # fmt: skip
+
+    def group_form(self, tile: Tile, **more: Any) -> Form:
+        """Of launches whose programs have whole groups, or whole rows of pieces of them."""
+        layout = self.groups.layout
+        return cut(self.form(self.groups), tile, layout, KEPT_FIRST=tile.along_a and kept_first(layout), **more)
 
     def column_form(self, form: Form, tile: Tile, layout: Layout) -> Form:
         """Of launches that walk along columns; the last block of them overlaps the one before it, where they do not

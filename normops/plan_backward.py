@@ -36,6 +36,8 @@ def plan_backward(
 class _Backward(Planner):
     """The launches of one call as they come, and the workspace that they ask for."""
 
+    streams = 2
+
     def __init__(
         self, spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, needs: Needs
     ) -> None:
@@ -103,7 +105,7 @@ class _Backward(Planner):
         layout = self.groups.layout
         affine = self.along_rows and (self.dw or self.db)
         if affine and in_rows(layout):
-            return schedule.rows(layout, self.itemsize, self.acc_bytes, 32, 8)
+            return schedule.rows(layout, self.itemsize, self.acc_bytes, 16 if self.activated and self.added else 32, 8)
         if affine and along_m(layout):
             tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 4 if self.activated else 8, 8)
             if tile is not None:
@@ -128,8 +130,7 @@ class _Backward(Planner):
         masked = 0 in layout.sizes("s") or sideways(self.base.layout) or again > 2
         return ticketed(
             layout, self.itemsize, self.acc_bytes, again, self.limits.grad_ticket_tile // fewer,
-            self.limits.grad_ticket_warp // (2 if masked else 1), self.limits.rows, self.limits, self.device,
-            self.plane_tile,
+            self.limits.grad_ticket_warp // (2 if masked else 1), self.limits, self.device, self.plane_tile,
         )  # fmt: skip
 
     def ticketed(self, tickets: Tickets) -> Plan:
@@ -183,7 +184,7 @@ class _Backward(Planner):
         """
         layout = self.groups.layout
         adds = phase != APPLY or not any(sums)  # given sums come from a launch that has added up dw and db
-        count, steps = schedule.parts(layout, tile, self.device, adds and (self.dw or self.db))
+        count, steps = schedule.parts(layout, tile, self.device, adds * (self.dw + self.db))
         direct = count == 1
         names = self.totals(direct, count) if adds else NONE
         blocks = cdiv(layout.extent("c"), 1 if tile.along_m else tile.columns)
@@ -193,12 +194,8 @@ class _Backward(Planner):
             self.take(sums, cdiv(self.n_a, tile.width) * layout.groups)
         else:
             operands |= alike(*WRITES)
-        across = tile.along_a and kept_first(layout)
-        lane = min(tile.k, vector(layout, self.itemsize)) if across else 1
-        formed = cut(
-            self.form(self.groups), tile, layout, PHASE=phase, DIRECT=direct and adds, KEPT_FIRST=across, LANE=lane,
-            SINGLE=tile.single,
-        )  # fmt: skip
+        lane = min(tile.k, vector(layout, self.itemsize)) if tile.along_a and kept_first(layout) else 1
+        formed = self.group_form(tile, PHASE=phase, DIRECT=direct and adds, LANE=lane, SINGLE=tile.single)
         self.launches.append(Launch(
             grad_normalize, blocks * count, operands, (layout.outer, steps), formed, tile.warps,
         ))  # fmt: skip

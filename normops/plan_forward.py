@@ -17,7 +17,7 @@ from .norm import Norm
 from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Limits
 from .ticketing import Tickets, ticketed
-from .tile import Tile, in_rows, next_power_of_2, sideways
+from .tile import Tile, in_rows, sideways, vector
 from .views import Shapes, View
 
 READS = ("x", "pre", "sum")
@@ -35,6 +35,8 @@ def plan_forward(
 
 class _Forward(Planner):
     """What the launches of one call have in common."""
+
+    streams = 1
 
     def __init__(
         self, spec: Norm, shapes: Shapes, itemsize: int, acc: torch.dtype, limits: Limits, device: Device, given: str
@@ -56,20 +58,23 @@ class _Forward(Planner):
     def resident_tile(self) -> Tile | None:
         layout = self.groups.layout
         extra = self.shapes.has("POST")
-        n = layout.group
-        # Pieces leave no lane idle; where a power of two is less than an eighth too long, one block loads sooner.
-        if in_rows(layout) and 8 * next_power_of_2(n) > 9 * n:
-            tile = schedule.rows(layout, self.itemsize, self.acc_bytes, 32 if extra else 64, 16)
-            if tile is not None:
-                return tile
-        tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
+        if in_rows(layout):
+            tile = schedule.forward_rows(
+                layout, self.itemsize, self.acc_bytes, self.summed, extra, self.spec.activation
+            )
+        else:
+            tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
         if tile is not None:
             return tile
         return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.spec.activation)
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout
-        formed = cut(self.form(self.groups), tile, layout, KEPT_FIRST=tile.along_a and kept_first(layout))
+        formed = self.group_form(tile)
+        n = layout.extent("m" if tile.along_m else "c")
+        if layout.batch == ("m" if tile.along_m else "c") and n >= tile.k == tile.columns:
+            # As column_form(): no block needs a mask.  Of a batch alone, which moves no running statistics.
+            formed = formed._replace(FULL_K=True, CLAMP_K=vector(layout, self.itemsize) if kept_first(layout) else 1)
         launch = Launch(
             normalize, kept_blocks(layout, tile.along_m, tile.columns), alike(*READS, *OUT, *RESULTS),
             (layout.outer, "eps", "momentum"), formed, tile.warps,
@@ -87,8 +92,7 @@ class _Forward(Planner):
         beside = sideways(self.base.layout)
         return ticketed(
             self.tiled.layout, self.itemsize, self.acc_bytes, streams, self.limits.ticket_tile // (2 if across else 1),
-            self.limits.ticket_warp // (2 if beside else 1), self.limits.rows, self.limits, self.device,
-            self.plane_tile,
+            self.limits.ticket_warp // (2 if beside else 1), self.limits, self.device, self.plane_tile,
         )  # fmt: skip
 
     def ticketed(self, tickets: Tickets) -> Plan:

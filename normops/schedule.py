@@ -56,8 +56,6 @@ class Limits:
     # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
     # so that what a program waits for was begun a whole generation of programs before.
     ahead: int = 4
-    # Rows side by side in a tile of long rows, so that w and b are read for several at once: they are larger than x.
-    rows: int = 4
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
     # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps, of x and of dy.
@@ -82,8 +80,9 @@ def limits() -> Limits:
     return _limits
 
 
-_POWERS = ("tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp", "column_tile",
-           "rows")  # fmt: skip
+_POWERS = (
+    "tile", "grad_tile", "ticket_tile", "grad_ticket_tile", "ticket_warp", "grad_ticket_warp", "column_tile",
+)  # fmt: skip
 _LEAST = {"chunks": 1, "ahead": 0, "line_bytes": 1, "warps_per_sm": 1, "stream_warps": 1, "window": 0, "cached": 0,
           "grad_cached": 0, "grad_cached_activated": 0, "column_programs": 1, "grad_column_programs": 1}  # fmt: skip
 
@@ -256,16 +255,17 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
     return Tile(m, block["k"], block["a"], block["s"], warps(total * acc_bytes // 4, per_warp))
 
 
-def plane_tile(layout: Layout, itemsize: int, acc_bytes: int) -> Tile | None:
+def plane_tile(layout: Layout, itemsize: int, acc_bytes: int, streams: int) -> Tile | None:
     """A tile of several planes (they are a, see Layout.of_planes()): pieces of a line of memory or more that a plane
-    divides into; None where it divides into no such pieces, or is one itself."""
+    divides into, up to 64 elements a thread and 256 bytes of all streams; None where it divides into no such pieces, or
+    is one itself."""
     n = layout.extent("s")
     s = min(n & -n, 2048)
     if s * itemsize < 128 or s == n:
         return None
     pieces = max(p for p in range(1, 15) if n // s % p == 0)
     a = 1
-    while 2 * a * s * pieces <= 8192 * 2 // itemsize * 4 // acc_bytes:
+    while 2 * a * s * pieces <= min(8192, 32768 // (streams * itemsize)) * 4 // acc_bytes:
         a *= 2
     return Tile(False, 1, a, s, 4, pieces=pieces)
 
@@ -319,7 +319,7 @@ def column_finish_tile(partials: int, n_a: int) -> tuple[int, int, int]:
     return max(1, min(8, 4096 // (a * p))), a, p
 
 
-def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tuple[int, int]:
+def parts(layout: Layout, tile: Tile, device: Device, sums: int) -> tuple[int, int]:
     """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
     `sums`: each leaves partial dw or db."""
     across = -(-layout.extent("a") // tile.width)
@@ -327,11 +327,12 @@ def parts(layout: Layout, tile: Tile, device: Device, sums: bool = True) -> tupl
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
     warps = limits().warps_per_sm
     if tile.pieces > 1:  # rows keep w, dw and db of every element: 160 registers a thread; columns one for each lane
-        warps = 12 if in_rows(layout) else 512 * 32 * tile.warps // tile.elements
+        each = tile.elements // (32 * tile.warps)
+        warps = (8 if (1 + sums) * each > 64 else 12) if in_rows(layout) else 512 // each
     if tile.single:
         return blocks, 1
     wanted = max(1, device.num_sms * max(1, warps // tile.warps) // across)
-    if sums and layout.extent("s") == 1:
+    if layout.extent("s") == 1:
         # Partial dw and db are 8 bytes a column and part: of 8 rows each, they are a fifth of x, dy and dx.
         wanted = max(1, min(wanted, layout.extent("m") // 8))
     each = -(-blocks // min(wanted, blocks))
@@ -352,28 +353,42 @@ def sum_rows_tile(columns: int, rows: int) -> tuple[int, int]:
     return p, min(2048 // p, next_power_of_2(columns))
 
 
-def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: int) -> Tile | None:
-    """A tile of whole rows with room for so many fp32 values a thread, or None where a row is too long.
+def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: int, each: int = 1) -> Tile | None:
+    """A tile of whole rows with room for so many values a thread, or None where a row is too long.
 
-    A row is one warp's as far as that goes, and its sums need no barrier; it is cut to pieces of 16 bytes a lane, so
-    that no lane idles beyond the last.
+    A row is one warp's as far as that goes, and its sums need no barrier; or that of several.  These have `each` rows,
+    so that w and b are read once for all of them.  It is cut to pieces of one access a lane, so that no lane idles
+    beyond the last; where all warps have the same rows, of 16 bytes.
     """
-    lane = 16 // itemsize
-    room = room if acc_bytes == 4 else room // 4
+    lane, share = 16 // itemsize, 1 if acc_bytes == 4 else 4
     n = layout.extent("a")
     if n <= 32 * lane:
         a = next_power_of_2(n)
-        k = max(1, 4 * 32 * min(room, 32) // max(a, lane))
+        k = max(1, 4096 // share // max(a, lane))
         return Tile(True, min(k, kept_bound(layout, "m")), a, 1, 4)
-    across = 1  # warps of a row
-    while -(-n // (32 * lane * across)) * lane > room:
+    access, across = vector(layout, itemsize), 1  # warps of a row
+    while -(-n // (32 * across * access)) * access * each > room // share:
         across *= 2
     if across > most_warps:
         return None
-    each = max(4, across)
-    k = min(each // across, kept_bound(layout, "m"))
-    a = 32 * lane * across
-    return Tile(True, k, a, 1, k * across, pieces=-(-n // a), along_a=True)
+    a = 32 * across * (access if across < 4 else lane)
+    while 8 * (-n % a) > n:
+        a //= 2
+    k = min(max(1, 4 // across), kept_bound(layout, "m"))
+    return Tile(True, each * k, a, 1, k * across, pieces=-(-n // a), along_a=True)
+
+
+def forward_rows(
+    layout: Layout, itemsize: int, acc_bytes: int, summed: bool, extra: bool, activation: str
+) -> Tile | None:
+    """rows() of a forward program: two of a warp, or of several, as far as registers go; else one.  `summed`: x is made
+    of two tensors; `extra`: another one is added to y."""
+    share = 2 if extra or activation in HEAVY else 1
+    sizes = [(2, 80), (1, 64)]
+    if itemsize == 2 and share == 1 and not summed and vector(layout, itemsize) == 8:
+        sizes.append((1, 128))
+    tiles = (rows(layout, itemsize, acc_bytes, room // share, 16, each) for each, room in sizes)
+    return next((tile for tile in tiles if tile is not None), None)
 
 
 def column_groups(layout: Layout, itemsize: int, acc_bytes: int, most: int, most_warps: int) -> Tile | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from .gpus import Device
 from .layout import Layout
 from .schedule import Limits, stream
-from .tile import Tile, kept_bound, line_groups, next_power_of_2, vector
+from .tile import Tile, line_groups, next_power_of_2, vector
 
 FIRST_STATE = 32
 """Where the states of units begin, as in kernels/tickets.py."""
@@ -37,24 +37,19 @@ class Tickets:
         return FIRST_STATE + self.units
 
 
-def long_rows(layout: Layout) -> bool:
-    """Whether parameters vary along all that is averaged over, in memory order: tiles hold pieces of several rows."""
-    return layout.letters[-1:] == "a" and layout.extent("s") == 1
-
-
 def ticketed(
-    layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, rows: int,
-    limits: Limits, device: Device, planes: Tile | None,
+    layout: Layout, itemsize: int, acc_bytes: int, streams: int, elements: int, per_warp: int, limits: Limits,
+    device: Device, planes: Tile | None,
 ) -> Tickets | None:  # fmt: skip
     """How a ticketed launch walks, or None where no unit fits the window; `streams`: operands of the size of x that it
-    reads twice; `rows`: side by side in a tile of long rows, at most; `planes`: the tile of a layout of planes."""
+    reads twice; `planes`: the tile of a layout of planes."""
     window = limits.window or device.window
     if limits.engine == "ticketed":
         window = max(window, 1 << 40)
     if vector(layout, itemsize) == 1 or itemsize >= 4:  # see whole_groups; and tiles are counted in bytes of bf16
         elements, per_warp = elements // 2, per_warp // 2
     streamed = stream(layout, itemsize, acc_bytes, elements, per_warp)
-    for tile in _tiles(layout, streamed, itemsize, rows, limits) if planes is None else [planes]:
+    for tile in _tiles(layout, streamed, itemsize, limits) if planes is None else [planes]:
         # Of a batch a tile counts in full, though it be smaller: a row's tile must not depend on it.
         side = tile.columns if tile.along_m else min(tile.columns, layout.extent("c"))
         unit = side * layout.group * itemsize * streams
@@ -63,17 +58,8 @@ def ticketed(
     return None
 
 
-def _tiles(layout: Layout, tile: Tile, itemsize: int, rows: int, limits: Limits) -> Iterator[Tile]:
+def _tiles(layout: Layout, tile: Tile, itemsize: int, limits: Limits) -> Iterator[Tile]:
     """Tiles for units of less and less memory."""
-    if long_rows(layout):
-        least = min(rows, 4)
-        while rows >= least:
-            k = min(kept_bound(layout, "m" if tile.along_m else "c"), rows)
-            if k < least:
-                return
-            yield replace(tile, k=k, a=max(1, min(next_power_of_2(layout.extent("a")), tile.elements // k)))
-            rows //= 2
-        return
     yield tile
     if tile.k > 1 and line_groups(layout, itemsize, limits.line_bytes) > 1:
         # Half a line of memory for each group of channels: better than a third pass over x.

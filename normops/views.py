@@ -46,11 +46,11 @@ class Shapes(NamedTuple):
         rows = {name: ((0,), *layout.operand(i)[1:]) for name, i in self.places.items() if name != "W"}
         return self.of(layout, **rows)
 
-    def planes(self, base: View, itemsize: int, acc_bytes: int) -> tuple[Tile, View] | None:
+    def planes(self, base: View, itemsize: int, acc_bytes: int, streams: int) -> tuple[Tile, View] | None:
         """With the batch counted as a, where planes of a batch are averaged over, and the tile: a piece of several
         planes, at constant distances; see Layout.of_planes()."""
         planes = base.layout.of_planes()
-        tile = None if planes is None else plane_tile(planes, itemsize, acc_bytes)
+        tile = None if planes is None else plane_tile(planes, itemsize, acc_bytes, streams)
         return None if planes is None or tile is None else (tile, self.of(planes))
 
     def folded(self, base: View, itemsize: int) -> View | None:

@@ -156,7 +156,7 @@ def test_parts_cover_the_rows_exactly(found: Layout, device: Device) -> None:
     m = found.extent("m")
     for itemsize, acc in SIZES:
         for tile in tiles(found, itemsize, acc):
-            count, each = schedule.parts(found, tile, device)
+            count, each = schedule.parts(found, tile, device, 2)
             blocks = -(-m // tile.k) if tile.along_m else m
             assert count >= 1 and each >= 1
             assert count * each >= blocks, "rows are left out"
@@ -168,7 +168,7 @@ def test_parts_grow_with_the_device() -> None:
     found = named(4096, 4096, 1)["LayerNorm"]
     tile = schedule.whole_groups(found, 2, 4, schedule.limits().backward_affine, schedule.limits().grad_tile, 512)
     assert tile is not None
-    counts = [schedule.parts(found, tile, replace(H200, num_sms=n))[0] for n in (1, 16, 64, 132)]
+    counts = [schedule.parts(found, tile, replace(H200, num_sms=n), 2)[0] for n in (1, 16, 64, 132)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
@@ -215,7 +215,7 @@ def test_parameters_do_not_narrow_a_tile() -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("tile", 100), ("ticket_tile", 0), ("grad_ticket_tile", -64), ("rows", 3), ("chunks", 0),
+    ("tile", 100), ("ticket_tile", 0), ("grad_ticket_tile", -64), ("chunks", 0),
 ])  # fmt: skip
 def test_sizes_that_no_kernel_takes_are_refused(name: str, value: int) -> None:
     before = schedule.limits()

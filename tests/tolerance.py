@@ -115,8 +115,7 @@ def laid_out(shape: Sequence[int], layout: str, dtype: torch.dtype, device: torc
 
 ENGINES = schedule.ENGINES
 TINY = {
-    "tile": 64, "grad_tile": 64, "ticket_tile": 64, "grad_ticket_tile": 64, "rows": 2,
-    "ahead": 0, "column_tile": 64,
+    "tile": 64, "grad_tile": 64, "ticket_tile": 64, "grad_ticket_tile": 64, "ahead": 0, "column_tile": 64,
 }  # fmt: skip
 """Tiles so small that every group has several, and blocks of chunks."""
 
