@@ -34,12 +34,12 @@ columns takes each for a group of its own, FOLD = (1, block, block, 1), and a fi
 element of an operand's strides says how many neighbours along (m, c) share one of its elements.  Elsewhere a group
 is one column: FOLD = (1, BLOCK_K, BLOCK_K, 1).
 
-    resident.py     normalize · grad_normalize: a whole group on chip (or rows, given their sums)
+    resident.py     normalize · grad_normalize · grad_group: a whole group on chip (or rows, given their sums)
     stream.py       stream: groups that are visited twice, in two launches or in one, in the order of tickets.py
     grad_stream.py  grad_stream: the same backward
     finish.py       finish · grad_finish · sum_rows: partial results, in index order
     norm.py         the formula on a tile: moments, affine map and activation, gradient
-    tile.py  sums.py  elements.py  activations.py  bundles.py: the pieces they share
+    tile.py  memory.py  sums.py  elements.py  activations.py  bundles.py: the pieces they share
 """
 
 if __name__ != "normops.kernels":

@@ -97,9 +97,6 @@ class Form(NamedTuple):
     KEPT_FIRST: Any = False
     """Whether kept coordinates are the innermost in memory: the grid is counted along them first, and sums pass across
     them from lane to lane (see along_columns())."""
-    SINGLE: Any = False
-    """Whether a program of grad_normalize has one block, a large one: no loop, whose invariants would take registers;
-    and x and dy are held as they came, so that what is made of them is made twice."""
     LANE: Any = 1
     """Neighbours along m that a lane holds, where sums for dw and db are kept of each lane, not of each row."""
     FROM_VAR: Any = False

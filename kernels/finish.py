@@ -3,22 +3,10 @@
 import triton
 import triton.language as tl
 
+from .memory import load_at, load_shared, store
 from .norm import first_elements, keep_moments
 from .sums import sums_along, total
-from .tile import (
-    extent,
-    group_block,
-    group_number,
-    group_size,
-    kept_blocks,
-    load_at,
-    load_shared,
-    number_of_groups,
-    offset,
-    offsets,
-    store,
-    zeros,
-)
+from .tile import extent, group_block, group_number, group_size, kept_blocks, number_of_groups, offset, offsets, zeros
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
 from .finish import merge_group
+from .memory import ANY, EVICT_FIRST, EVICT_LAST, store
 from .norm import (
     given_sums,
     gradient,
@@ -16,20 +17,7 @@ from .norm import (
 )
 from .sums import plus
 from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
-from .tile import (
-    ANY,
-    EVICT_FIRST,
-    EVICT_LAST,
-    both,
-    extent,
-    inside,
-    mask_a,
-    numbered_tile,
-    store,
-    tile_at,
-    tiles_of,
-    zeros,
-)
+from .tile import both, extent, inside, mask_a, numbered_tile, tile_at, tiles_of, zeros
 
 _APPLY = tl.constexpr(APPLY)
 _STATISTICS = tl.constexpr(STATISTICS)

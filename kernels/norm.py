@@ -8,26 +8,9 @@ import triton.language as tl
 
 from .activations import activation, activation_grad
 from .elements import where_negative, widen
+from .memory import ANY, load, load_at, load_kept, load_parameter, pointers, rounded, save, store
 from .sums import by_group, plus, sums_along, tile_total, totals
-from .tile import (
-    ANY,
-    both,
-    count,
-    extent,
-    first_columns,
-    group_size,
-    inside,
-    load,
-    load_at,
-    load_kept,
-    load_parameter,
-    mask_of,
-    offsets,
-    pointers,
-    rounded,
-    save,
-    store,
-)
+from .tile import both, count, extent, first_columns, group_size, inside, mask_of, offsets
 
 # ---------------------------------------------------------------------------------------------------------- forward
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
+from .memory import load_at, store
 from .norm import (
     first_elements,
     given_sums,
@@ -20,19 +21,8 @@ from .norm import (
     write_gradient,
     write_output,
 )
-from .sums import of_lanes, over_rows, plus, side_by_side
-from .tile import (
-    extent,
-    first_columns,
-    group_size,
-    kept,
-    offsets,
-    store,
-    tile_at,
-    tile_of,
-    widened,
-    zeros,
-)
+from .sums import beside, of_lanes, over_rows, plus, side_by_side, sums_along
+from .tile import extent, first_columns, group_size, kept, offsets, tile_at, tile_of, widened, zeros
 
 _APPLY = tl.constexpr(APPLY)
 _STATISTICS = tl.constexpr(STATISTICS)
@@ -87,8 +77,6 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
 
     # Tiles of several m may stick out; of those of one there are no more than m has points.
     blocks_m = steps if F.BLOCK_K > 1 and F.ALONG_M else tl.minimum(steps, extent(0, n0, F) - part * steps)
-    if F.SINGLE:
-        blocks_m = 1
     for j in range(0, blocks_m):
         m, c, mk = kept((part * steps + j) * M_STEP, c_start, n0, F, F.BLOCK_K)
         t = tile_at(m, c, mk, a_start, 0, n0, F)
@@ -101,7 +89,7 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
         t1 = None
         t0 = None
         for p in tl.static_range(PIECES):
-            d, g = gradient(o, streams, mean, rstd, w, b, p, F, not F.SINGLE)
+            d, g = gradient(o, streams, mean, rstd, w, b, p, F)
             p1, p0 = tile_sums(g * d, g, F)
             t1 = plus(t1, w[p] * p1)
             t0 = plus(t0, w[p] * p0)
@@ -124,24 +112,67 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
                 store(o.p0, at, t0, mk)
         else:
             for p in tl.static_range(PIECES):
-                d = ds[p]
-                g = gs[p]
-                if F.SINGLE:
-                    d, g = gradient(o, streams, mean, rstd, w, b, p, F)
-                write_gradient(o, d, g, k1, k0, w[p] * rstd, t, p, F)
+                write_gradient(o, ds[p], gs[p], k1, k0, w[p] * rstd, t, p, F)
 
     m, c, mk = kept(0 * part, c_start, n0, F, F.BLOCK_K)
-    store_sums(o, dw, db, tile_at(m, c, mk, a_start, 0, n0, F), part, n0, F)
+    t = tile_at(m, c, mk, a_start, 0, n0, F)
+    store_affine(o, side_by_side(dw, F), side_by_side(db, F), t, part, n0, F)
+
+
+@triton.jit(do_not_specialize=["n0"])
+def grad_group(o, n0, F: tl.constexpr):
+    """As grad_normalize, of one large group a program: x and dy are held as they came, and what is made of them is made
+    twice.  dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a])."""
+    PIECES: tl.constexpr = F.PIECES
+    P: tl.constexpr = triton.next_power_of_2(PIECES)
+    V: tl.constexpr = min(F.ACCESS, F.BLOCK_S)
+    t = tile_of(tl.program_id(0), 0, 0, n0, F)
+    mean, rstd = saved_statistics(o, t, F)
+    w, b = parameters(o, t, F)
+    streams = read_gradient(o, t, F)
+    p1 = ()
+    p0 = ()
+    for p in tl.static_range(PIECES):
+        d, g = gradient(o, streams, mean, rstd, w, b, p, F, False)
+        # What a lane has at once, so that little is left of a piece.
+        p1 = p1 + (tl.sum(tl.reshape(g * d, (F.BLOCK_A, F.BLOCK_S // V, V)), 2),)
+        p0 = p0 + (tl.sum(tl.reshape(g, (F.BLOCK_A, F.BLOCK_S // V, V)), 2),)
+    p1 = tl.reshape(beside(p1, P), (F.BLOCK_A, F.BLOCK_S // V, P))
+    p0 = tl.reshape(beside(p0, P), (F.BLOCK_A, F.BLOCK_S // V, P))
+    p1, p0 = sums_along(p1, p0, 1, F)
+    p1 = tl.reshape(p1, (1, F.BLOCK_A, P))
+    p0 = tl.reshape(p0, (1, F.BLOCK_A, P))
+    store_affine(o, p1 * rstd, p0, t, t.at[0], n0, F)
+    if o.w is not None:
+        W: tl.constexpr = F.W
+        a = points_of_a(t, F)
+        scale = load_at(o.w, (t.at[0], t.at[1], a, 0), W, a < t.n_a, F)
+        p1 = p1 * scale
+        p0 = p0 * scale
+    t1, t0 = group_sums(p1, p0, F)
+    n = group_size(n0, F)
+    k1 = t1 * rstd * rstd * (rstd / n)
+    k0 = t0 * (rstd / n) if F.CENTER else 0.0
+    for p in tl.static_range(PIECES):
+        d, g = gradient(o, streams, mean, rstd, w, b, p, F)
+        write_gradient(o, d, g, k1, k0, w[p] * rstd, t, p, F)
 
 
 @triton.jit
-def store_sums(o, dw, db, t, part, n0, F: tl.constexpr):
+def points_of_a(t, F: tl.constexpr):
+    """Those of all pieces: [1, BLOCK_A, pieces]."""
+    P: tl.constexpr = triton.next_power_of_2(F.PIECES)
+    return t.at[2] + (tl.arange(0, P) * F.BLOCK_A)[None, None, :]
+
+
+@triton.jit
+def store_affine(o, dw, db, t, part, n0, F: tl.constexpr):
     """What a program has added up for dw and db, all pieces of a at once: [lanes of m or c, BLOCK_A, pieces]."""
     W: tl.constexpr = F.W
     PER_SUM: tl.constexpr = F.FOLD[3]
     P: tl.constexpr = triton.next_power_of_2(F.PIECES)
     c = t.at[1]
-    a = t.at[2] + (tl.arange(0, P) * F.BLOCK_A)[None, None, :]
+    a = points_of_a(t, F)
     if F.DIRECT:
         at = offsets((0, c, a, 0), W, F)
     else:
@@ -150,14 +181,6 @@ def store_sums(o, dw, db, t, part, n0, F: tl.constexpr):
     if not F.ALONG_M:
         mask = mask & sum_lanes(t, F)
     if o.dw is not None:
-        store_affine(o.dw, dw, at, mask, P, F)
+        store(o.dw, at, over_rows(dw, P, F) if F.ALONG_M else dw, mask)
     if o.db is not None:
-        store_affine(o.db, db, at, mask, P, F)
-
-
-@triton.jit
-def store_affine(ptr, v, at, mask, P: tl.constexpr, F: tl.constexpr):
-    v = side_by_side(v, P)
-    K: tl.constexpr = F.BLOCK_K // F.LANE
-    v = tl.reshape(v, (K, F.BLOCK_A, P))
-    store(ptr, at, over_rows(v, P, F) if F.ALONG_M else v, mask)
+        store(o.db, at, over_rows(db, P, F) if F.ALONG_M else db, mask)

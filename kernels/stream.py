@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
 from .finish import chunk_size, finish_groups
+from .memory import ANY, EVICT_FIRST, EVICT_LAST
 from .norm import (
     add_moments,
     any_of,
@@ -25,18 +26,7 @@ from .norm import (
 )
 from .sums import tile_total, totals
 from .tickets import FIRST_STATE, arrive, draw, leave, pair, publish, wait
-from .tile import (
-    ANY,
-    EVICT_FIRST,
-    EVICT_LAST,
-    count,
-    extent,
-    group_number,
-    number_of_groups,
-    numbered_tile,
-    tile_at,
-    tiles_of,
-)
+from .tile import count, extent, group_number, number_of_groups, numbered_tile, tile_at, tiles_of
 
 _APPLY = tl.constexpr(APPLY)
 _STATISTICS = tl.constexpr(STATISTICS)

@@ -36,8 +36,9 @@ def of_lanes(v, F: tl.constexpr):
 
 
 @triton.jit
-def side_by_side(v, N: tl.constexpr):
-    """A tuple of up to N [K, A, 1] -> [K, A, N], with zeros for those that are not there; N a power of two."""
+def beside(v, N: tl.constexpr):
+    """A tuple of up to N tensors of one shape -> one of N times the elements, counted by further axes of 2, with zeros
+    for those that are not there; N: a power of two.  A lane keeps what it has."""
     if N == 1:
         w = v[0]
     else:
@@ -47,8 +48,15 @@ def side_by_side(v, N: tl.constexpr):
                 pairs = pairs + (tl.join(v[i], v[i + N // 2]),)
             else:
                 pairs = pairs + (tl.join(v[i], tl.zeros_like(v[i])),)
-        w = side_by_side(pairs, N // 2)
+        w = beside(pairs, N // 2)
     return w
+
+
+@triton.jit
+def side_by_side(v, F: tl.constexpr):
+    """A tuple of pieces [K, A, 1] -> [K, A, P], P the next power of two."""
+    P: tl.constexpr = triton.next_power_of_2(F.PIECES)
+    return tl.reshape(beside(v, P), (v[0].shape[0], v[0].shape[1], P))
 
 
 @triton.jit

@@ -9,7 +9,7 @@ from .gpus import Device
 from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
-from .kernels.resident import grad_normalize
+from .kernels.resident import grad_group, grad_normalize
 from .norm import Norm
 from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Limits
@@ -195,10 +195,9 @@ class _Backward(Planner):
         else:
             operands |= alike(*WRITES)
         lane = min(tile.k, vector(layout, self.itemsize)) if tile.along_a and kept_first(layout) else 1
-        formed = self.group_form(tile, PHASE=phase, DIRECT=direct and adds, LANE=lane, SINGLE=tile.single)
-        self.launches.append(Launch(
-            grad_normalize, blocks * count, operands, (layout.outer, steps), formed, tile.warps,
-        ))  # fmt: skip
+        formed = self.group_form(tile, PHASE=phase, DIRECT=direct and adds, LANE=lane)
+        kernel, scalars = (grad_group, ()) if tile.single else (grad_normalize, (steps,))
+        self.launches.append(Launch(kernel, blocks * count, operands, (layout.outer, *scalars), formed, tile.warps))
         if direct:
             return NONE, 0
         if phase != STATISTICS:

@@ -22,7 +22,7 @@ class Tile:
     """Blocks that it is made of, neighbours along a (`along_a`) or along s."""
     along_a: bool = False
     single: bool = False
-    """Whether a backward program has no other: see SINGLE in kernels/bundles.py."""
+    """Whether a backward program has no other: grad_group."""
 
     @property
     def width(self) -> int:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ..kernels.bundles import APPLY
 from ..kernels.grad_stream import grad_stream
-from ..kernels.resident import grad_normalize, normalize
+from ..kernels.resident import grad_group, grad_normalize, normalize
 from ..kernels.stream import stream
 from ..plan import Launch, Plan
 from .counting import KERNELS, Counted, Moved
@@ -32,7 +32,7 @@ STREAMS = ("x", "pre", "sum", "post", "y", "dy", "dsum", "dx", "dpost")
 """Operands of the size of x: what a launch reads of these last is what it leaves in L2."""
 
 
-TILED = (normalize, grad_normalize, stream, grad_stream)
+TILED = (normalize, grad_normalize, grad_group, stream, grad_stream)
 """Kernels whose programs take tiles of operands of the size of x."""
 
 

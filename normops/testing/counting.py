@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ..kernels.bundles import APPLY, BOTH, STATISTICS
 from ..kernels.finish import finish, grad_finish, sum_rows
 from ..kernels.grad_stream import grad_stream
-from ..kernels.resident import grad_normalize, normalize
+from ..kernels.resident import grad_group, grad_normalize, normalize
 from ..kernels.stream import stream
 from ..plan import Launch, cdiv
 
@@ -83,39 +83,41 @@ class Counted:
     def has(self, pointer: str) -> bool:
         return self.pointers.get(pointer) in self.itemsizes
 
-    def load(self, pointer: str, lanes: int, again: bool = False) -> None:
-        self._add(pointer, Moved(lanes, 0))
-        if again and self.has(pointer):
-            name = self.pointers[pointer]
+    def load(self, pointers: str, lanes: int, again: bool = False) -> None:
+        """Of each of these operands, named with blanks between them."""
+        self._add(pointers, Moved(lanes, 0))
+        for name in self.named(pointers) if again else ():
             self.again[name] = self.again.get(name, 0) + lanes
 
-    def load_aside(self, pointer: str, lanes: int) -> None:
-        self.load(pointer, lanes)
-        if self.has(pointer):
-            name = self.pointers[pointer]
+    def load_aside(self, pointers: str, lanes: int) -> None:
+        self.load(pointers, lanes)
+        for name in self.named(pointers):
             self.aside[name] = self.aside.get(name, 0) + lanes
 
     def read(self, pointer: str, tiles: _Tiles, again: bool = False) -> None:
-        """tile.load: past the end of a, where CLAMP_A, its last point again."""
+        """memory.load: past the end of a, where CLAMP_A, its last point again."""
         self.load(pointer, tiles.lanes(), again)
         if self["CLAMP_A"]:
             self.load_aside(pointer, tiles.lanes("ks", "a") - tiles.lanes())
 
-    def ahead(self, tiles: _Tiles, *pointers: str) -> None:
+    def ahead(self, tiles: _Tiles, pointers: str) -> None:
         """What a ticketed launch touches of these streams before it reads the first element again: at most the lanes
         of `lead` tiles in a row, most of them in whole units, and of the one that is read beside the first again."""
         k, a, s = min(self.block, self.along), min(tiles.a.block, self.n_a), min(tiles.s.block, self.n_s)
         unit = k * self.n_a * self.n_s
         units, rest = divmod(self["number"] + 1, tiles.a.tiles * tiles.s.tiles)
         lanes = min(units * unit + min(rest * k * a * s, unit), tiles.lanes())
-        self.between |= {self.pointers[pointer]: lanes for pointer in pointers if self.has(pointer)}
+        self.between |= dict.fromkeys(self.named(pointers), lanes)
 
-    def store(self, pointer: str, lanes: int) -> None:
-        self._add(pointer, Moved(0, lanes))
+    def store(self, pointers: str, lanes: int) -> None:
+        self._add(pointers, Moved(0, lanes))
 
-    def _add(self, pointer: str, lanes: Moved) -> None:
-        if self.has(pointer):
-            name = self.pointers[pointer]
+    def named(self, pointers: str) -> list[str]:
+        """The names in the call of those that there are."""
+        return [self.pointers[pointer] for pointer in pointers.split() if self.has(pointer)]
+
+    def _add(self, pointers: str, lanes: Moved) -> None:
+        for name in self.named(pointers):
             self.lanes[name] = Moved(*map(sum, zip(self.lanes.get(name, Moved()), lanes, strict=True)))
 
     def tiles(self, chunks_s: int = 1, steps_m: int = 1, more: int = 0) -> _Tiles:
@@ -129,13 +131,13 @@ class Counted:
             _Axis(self.n_s, chunks_s, self["WIDTH_S"]),
         )
 
-    def affine(self, tiles: _Tiles, *pointers: str) -> None:
-        """tile.load_at, under the mask of parameters."""
+    def affine(self, tiles: _Tiles, pointers: str) -> None:
+        """memory.load_parameter: by each of rows for itself, where these are cut to pieces."""
         m, c, a, s = self["W"][:4]
-        varies = {"k": m if self["ALONG_M"] else c, "a": a, "s": s}
+        rows = self["PIECES_A"] and self["BLOCK_S"] == 1 and not self["KEPT_FIRST"]
+        varies = {"k": rows or (m if self["ALONG_M"] else c), "a": a, "s": s}
         lanes = tiles.lanes("a" if self["ALONG_M"] else "ka", "".join(x for x, strides in varies.items() if strides))
-        for pointer in pointers:
-            self.load(pointer, lanes)
+        self.load(pointers, lanes)
 
     def elements(self, pointer: str) -> int | None:
         """Different elements of an operand, by its strides; None where the kernel is given none."""
@@ -161,12 +163,11 @@ def _read_input(call: Counted, tiles: _Tiles) -> None:
 
 def _first_elements(call: Counted, lanes: int) -> None:
     if call["CENTER"]:
-        for pointer in ("x", "pre"):
-            call.load_aside(pointer, lanes)
+        call.load_aside("x pre", lanes)
 
 
 def _write_output(call: Counted, tiles: _Tiles) -> None:
-    call.affine(tiles, "w", "b")
+    call.affine(tiles, "w b")
     call.read("post", tiles)
     call.store("y", tiles.lanes())
 
@@ -179,7 +180,7 @@ def _read_gradient(call: Counted, tiles: _Tiles, again: bool = False) -> None:
 
 
 def _parameters(call: Counted, tiles: _Tiles) -> None:
-    call.affine(tiles, "w", *(["b"] if call["ACT"] != "identity" else []))
+    call.affine(tiles, "w b" if call["ACT"] != "identity" else "w")
 
 
 def _write_gradient(call: Counted, tiles: _Tiles) -> None:
@@ -189,12 +190,10 @@ def _write_gradient(call: Counted, tiles: _Tiles) -> None:
         call.store("dx", tiles.lanes())
 
 
-def _keep_moments(call: Counted) -> None:
-    for pointer in ("mean", "rstd"):
-        call.store(pointer, call.groups)
-    for pointer in ("running_mean", "running_var"):
-        call.load(pointer, call.groups)
-        call.store(pointer, call.groups)
+def _keep_moments(call: Counted, groups: int) -> None:
+    call.store("mean rstd", groups)
+    call.load("running_mean running_var", call.groups)
+    call.store("running_mean running_var", call.groups)
 
 
 def _normalize(call: Counted) -> None:
@@ -202,7 +201,7 @@ def _normalize(call: Counted) -> None:
     _read_input(call, tiles)
     if call["BLOCK_K"] == 1:
         _first_elements(call, tiles.lanes("k"))
-    _keep_moments(call)
+    _keep_moments(call, tiles.lanes("k") if call["CLAMP_K"] else call.groups)
     _write_output(call, tiles)
 
 
@@ -218,37 +217,36 @@ def _statistics(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
     _read_input(call, tiles.looped(call.n_s))
     _first_elements(call, tiles.lanes("k"))
-    for pointer in ("part_mean", "part_m2"):
-        call.store(pointer, tiles.lanes("k") // call.per)
+    call.store("part_mean part_m2", tiles.lanes("k") // call.per)
 
 
 def _apply(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
     call.read("x", tiles)
-    for pointer in ("mean", "rstd"):
-        call.load(pointer, tiles.lanes("k"))
+    call.load("mean rstd", tiles.lanes("k"))
     _write_output(call, tiles)
 
 
 def _grad_normalize(call: Counted) -> None:
-    tiles = call.tiles(steps_m=call["steps"])
+    tiles = call.tiles(steps_m=call.given.get("steps", 1))
     across = tiles.a.tiles * cdiv(call.n_c, 1 if call["ALONG_M"] else call.block)
-    for pointer in ("mean", "rstd"):
-        call.load(pointer, tiles.lanes("k"))
+    call.load("mean rstd", tiles.lanes("k"))
     _read_gradient(call, tiles)
     # Parameters stay for the walk: of the first block of m.
     parts = call.grid // across
     _parameters(call, tiles._replace(k=_Axis(parts * call.n_c, parts * call.n_c, call["BLOCK_K"])))
     if call["PHASE"] == APPLY:
-        for pointer in ("c1", "c0"):
-            call.load(pointer, tiles.lanes("k"))
+        call.load("c1 c0", tiles.lanes("k"))
     if call["PHASE"] == STATISTICS:
-        for pointer in ("p1", "p0"):
-            call.store(pointer, tiles.lanes("k"))
+        call.store("p1 p0", tiles.lanes("k"))
     else:
         _write_gradient(call, tiles)
-    for pointer in ("dw", "db"):
-        call.store(pointer, parts * call.columns)
+    call.store("dw db", parts * call.columns)
+
+
+def _grad_group(call: Counted) -> None:
+    _grad_normalize(call)
+    call.load("w", call.groups * (call.n_a if call["W"][2] else 1))
 
 
 def _grad_stream(call: Counted) -> None:
@@ -258,19 +256,16 @@ def _grad_stream(call: Counted) -> None:
 def _grad_statistics(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
     inside = tiles.looped(call.n_s)
-    for pointer in ("mean", "rstd"):
-        call.load(pointer, tiles.lanes("k"))
+    call.load("mean rstd", tiles.lanes("k"))
     _read_gradient(call, inside)
     _parameters(call, tiles)
     _write_gradient(call, inside)
-    for pointer in ("p1", "p0"):
-        call.store(pointer, tiles.lanes("k" if call["SHARED_A"] else "ka") // call.per_sum)
+    call.store("p1 p0", tiles.lanes("k" if call["SHARED_A"] else "ka") // call.per_sum)
 
 
 def _grad_apply(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
-    for pointer in ("mean", "rstd", "c1", "c0"):
-        call.load(pointer, tiles.lanes("k"))
+    call.load("mean rstd c1 c0", tiles.lanes("k"))
     _read_gradient(call, tiles)
     _parameters(call, tiles)
     _write_gradient(call, tiles)
@@ -290,7 +285,7 @@ def _merge_moments(call: Counted, chunks: int, again: bool = False) -> None:
 def _finish(call: Counted) -> None:
     _merge_moments(call, cdiv(call.n_s, call["WIDTH_S"] * call["steps"]) * cdiv(call.n_a, call["WIDTH_A"]))
     _first_elements(call, call.groups)
-    _keep_moments(call)
+    _keep_moments(call, call.groups)
 
 
 def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False, affine: bool = True) -> None:
@@ -302,8 +297,7 @@ def _merge_group(call: Counted, chunks: int, blocks: int, again: bool = False, a
         call.store(c, call.groups)
     call.affine(tiles, "w")
     if affine:
-        for pointer in ("dw", "db"):
-            call.store(pointer, columns)
+        call.store("dw db", columns)
 
 
 def _grad_finish(call: Counted) -> None:
@@ -338,20 +332,18 @@ def _ends(call: Counted, tiles: _Tiles) -> tuple[_Tiles, _Tiles]:
 def _paired(call: Counted) -> None:
     tiles = call.tiles(_chunks(call), more=call["number"])
     units, chunks = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
-    call.ahead(tiles, "x", "pre", "sum")
+    call.ahead(tiles, "x pre sum")
     first, last = _ends(call, tiles)
     call.load_aside("x", last.lanes() + (0 if call.has("pre") else first.lanes()))
     call.load_aside("pre", last.lanes())
     _words(call, units * chunks, units)
     _read_input(call, tiles)
     _first_elements(call, tiles.lanes("k") + call.groups)
-    for pointer in ("part_mean", "part_m2"):
-        call.store(pointer, call.groups * chunks)
+    call.store("part_mean part_m2", call.groups * chunks)
     _merge_moments(call, chunks, again=True)
-    _keep_moments(call)
+    _keep_moments(call, call.groups)
     call.read("sum" if call.has("sum") else "x", tiles, again=True)
-    for pointer in ("mean", "rstd"):
-        call.load(pointer, tiles.lanes("k"), again=True)
+    call.load("mean rstd", tiles.lanes("k"), again=True)
     _write_output(call, tiles)
 
 
@@ -359,25 +351,21 @@ def _grad_paired(call: Counted) -> None:
     tiles = call.tiles(_chunks(call), more=call["number"])
     units, each = tiles.k.tiles, tiles.a.tiles * tiles.s.tiles
     chunks = each if call["SHARED_A"] else tiles.s.tiles
-    streams = ("x", "dy", *(["post"] if call["ACT"] != "identity" else []))
-    call.ahead(tiles, *streams)
+    streams = "x dy post" if call["ACT"] != "identity" else "x dy"
+    call.ahead(tiles, streams)
     first, last = _ends(call, tiles)
-    for pointer in streams:
-        call.load_aside(pointer, first.lanes() + last.lanes())
+    call.load_aside(streams, first.lanes() + last.lanes())
     _words(call, units * each, units)
     _read_gradient(call, tiles)
-    for pointer in ("p1", "p0"):
-        call.store(pointer, call.groups * call["A"] * chunks)
+    call.store("p1 p0", call.groups * call["A"] * chunks)
     _merge_group(call, chunks, units, again=True)
     _read_gradient(call, tiles, again=True)
     # Numbers are loaded before it is known whether there is a tile to apply.
     numbers = call["BLOCK_K"] == 1 and call["SHARED_A"]
     for visited in (tiles, last, tiles, *([first] if numbers else [])):
-        for pointer in ("mean", "rstd"):
-            call.load(pointer, visited.lanes("k"))
+        call.load("mean rstd", visited.lanes("k"))
         _parameters(call, visited)
-    for pointer in ("c1", "c0"):
-        call.load(pointer, tiles.lanes("k"), again=True)
+    call.load("c1 c0", tiles.lanes("k"), again=True)
     _write_gradient(call, tiles)
 
 
@@ -393,6 +381,7 @@ KERNELS: dict[Any, Callable[[Counted], None]] = {
     stream: _stream,
     finish: _finish,
     grad_normalize: _grad_normalize,
+    grad_group: _grad_group,
     grad_stream: _grad_stream,
     grad_finish: _grad_finish,
     sum_rows: _sum_rows,
