@@ -27,7 +27,7 @@ THRESHOLDS = (*RESIDENT, "window")
 ALTERNATIVES = {
     "ticket_tile": (0.5, 2), "grad_ticket_tile": (0.5, 2), "tile": (0.5, 2), "grad_tile": (0.5, 2),
     "ticket_warp": (0.5, 2), "grad_ticket_warp": (0.5, 2),
-    "ahead": (0.5, 2), "rows": (0.5, 2), "warps_per_sm": (0.5, 2), "stream_warps": (0.5, 2),
+    "ahead": (0.5, 2), "warps_per_sm": (0.5, 2), "stream_warps": (0.5, 2),
     "cached": (0, 0.75, 1.5), "grad_cached": (0, 0.75, 1.5), "grad_cached_activated": (0, 0.75, 1.5),
     "chunks": (0.5, 2), "line_bytes": (0.5, 2), "column_tile": (0.5, 2), "column_programs": (1 / 3, 2),
     "grad_column_programs": (0.5, 2),

@@ -40,7 +40,7 @@ ODD = {
     "odd split": {**ALL_SPLIT, "tile": 64, "grad_tile": 32, "line_bytes": 16, "chunks": 1, "warps_per_sm": 1,
                   "column_tile": 64, "column_programs": 1},
     "odd ticketed": {"engine": "ticketed", "ticket_tile": 64, "grad_ticket_tile": 32, "line_bytes": 16,
-                     "rows": 2, "ahead": 0, "warps_per_sm": 1},
+                     "ahead": 0, "warps_per_sm": 1},
 }  # fmt: skip
 MB = 2**20
 

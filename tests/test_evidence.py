@@ -24,7 +24,7 @@ from normops.gpus import H100
 from normops.schedule import CHEAP, Limits
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {"normalize", "stream", "finish", "grad_normalize", "grad_stream", "grad_finish", "sum_rows"}
+KERNELS = {"normalize", "stream", "finish", "grad_normalize", "grad_group", "grad_stream", "grad_finish", "sum_rows"}
 
 
 def measured(out: Path, *options: str) -> list[dict[str, Any]]:

@@ -100,7 +100,7 @@ CASES = [
     pytest.param(layer_norm, 3, CONTIGUOUS, id="LayerNorm"),
     pytest.param(rms_norm, 3, CONTIGUOUS, id="RMSNorm"),
 ]
-TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "rows": 2, "ahead": 0,
+TICKETS = {"ticket_tile": 64, "grad_ticket_tile": 64, "ahead": 0,
            "line_bytes": 16}  # fmt: skip
 SPLIT = {"engine": "split", "tile": 64, "grad_tile": 64}
 # Columns are never visited in a launch of tickets: channels_last, and the odd planes of this BatchNorm.

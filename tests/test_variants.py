@@ -156,8 +156,9 @@ def test_the_batch_does_not_recompile(found: dict[str, list[Row]]) -> None:
     assert {row["planned"] for row in found["sweep"]} == {*schedule.ENGINES, "apply", "rows"}
     for place, rows in by(found["sweep"], "case", "format", "engine", "direction", "kernel", "phase").items():
         sums, tiles = {row["sums"] for row in rows}, {tuple(row["tile"]) for row in rows}
-        assert len(sums) == 1 or place[-2] in ("grad_normalize", "grad_stream", "grad_finish"), (place, "sums")
-        whole = place[-2] in ("normalize", "grad_normalize")
+        several = len(sums) > 1 and not place[-2].startswith("grad_")
+        assert not several, (place, "sums")
+        whole = place[-2] in ("normalize", "grad_normalize", "grad_group")
         columns = place[1].startswith("channels_last") and rows[0]["norm"] != "layer2d" and not whole
         if columns:
             assert len(tiles) <= 4, (place, tiles)
