@@ -168,6 +168,17 @@ def evidence(
 
 
 @app.command()
+def engines(
+    device: Device = "h100", workers: Workers = 0, out: Out = OUT,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Write bench/results and docs too.")] = False,
+) -> None:  # fmt: skip
+    """The map of engines: which one a call takes by the size and number of its groups, and what each is predicted."""
+    from .engines import engines as engines_all
+
+    raise typer.Exit(0 if engines_all(device, out, baseline, workers) else 1)
+
+
+@app.command()
 def calibrate(
     device: Device = "h100",
     write: Annotated[bool, typer.Option("--write", help="Keep the parameters for predictions.")] = False,

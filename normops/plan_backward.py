@@ -105,7 +105,9 @@ class _Backward(Planner):
         layout = self.groups.layout
         affine = self.along_rows and (self.dw or self.db)
         if affine and in_rows(layout):
-            return schedule.rows(layout, self.itemsize, self.acc_bytes, 16 if self.activated and self.added else 32, 8)
+            # Beside a third stream, or a derivative that takes many registers, half as many fit.
+            few = self.activated and (self.added or self.spec.activation not in (*schedule.CHEAP, "silu"))
+            return schedule.rows(layout, self.itemsize, self.acc_bytes, 16 if few else 32, 8)
         if affine and along_m(layout):
             tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 4 if self.activated else 8, 8)
             if tile is not None:
