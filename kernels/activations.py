@@ -23,7 +23,8 @@ def leaky_relu(z):
 
 @triton.jit
 def leaky_relu_grad(z):
-    return tl.where(z > 0.0, 1.0, z * 0.0 + 0.01)
+    # Not of numbers alone, which are fp32.
+    return tl.where(z > 0.0, tl.full((), 1.0, z.dtype), tl.full((), 0.01, z.dtype))
 
 
 @triton.jit

@@ -53,9 +53,9 @@ class Limits:
     grad_ticket_warp: int = 2048
     # Bytes that a ticketed launch may read before it comes back to the first of them; 0: Device.window.
     window: int = 0
-    # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: as many programs as it holds at once,
-    # so that what a program waits for was begun a whole generation of programs before.
-    ahead: int = 4
+    # Tiles that statistics run ahead of the apply phase beyond a unit, per SM: of the four or five programs that it
+    # holds at once all but one or two, for statistics are done in the first half of a program.
+    ahead: int = 3
     # How many warps of a persistent kernel one SM runs at once (at about 100 registers a thread).
     warps_per_sm: int = 16
     # Of columns side by side: 8 loads of 16 bytes a thread of 4 warps, of x and of dy.
