@@ -31,11 +31,11 @@ BASELINE = ROOT / "bench/results/engines.json"
 PICTURE = ROOT / "docs/engines.svg"
 SIZES = tuple(4**k for k in range(5, 12))
 """Elements of a group."""
-GROUPS = (4, 32, 256, 2048, 16384)
+GROUPS = (32, 256, 2048, 16384)
 LEAST, MOST = 1 << 19, 1 << 27
 """Elements of x: 1 MB to 256 MB in bf16."""
-CHANNELS = 4
-"""Of a group, and groups of an image: planes have one channel, and each is a group."""
+IMAGE, CHANNELS = 32, 4
+"""Groups of an image, and channels of a group; of an InstanceNorm they are one."""
 DIRECTIONS = ("forward", "backward")
 
 
@@ -62,14 +62,14 @@ def rows(group: int, groups: int) -> Tensor:
 
 
 def planes(group: int, groups: int) -> Tensor:
-    x = leaf(groups // CHANNELS, CHANNELS, isqrt(group), isqrt(group))
-    return F.instance_norm(x, None, None, leaf(CHANNELS), leaf(CHANNELS), activation="relu")
+    x = leaf(groups // IMAGE, IMAGE, isqrt(group), isqrt(group))
+    return F.instance_norm(x, None, None, leaf(IMAGE), leaf(IMAGE), activation="relu")
 
 
 def images(group: int, groups: int, channels_last: bool = False) -> Tensor:
-    side, c = isqrt(group // CHANNELS), CHANNELS * CHANNELS
-    x = leaf(groups // CHANNELS, c, side, side, channels_last=channels_last)
-    return F.group_norm(x, CHANNELS, leaf(c), leaf(c), activation="silu")
+    side, c = isqrt(group // CHANNELS), IMAGE * CHANNELS
+    x = leaf(groups // IMAGE, c, side, side, channels_last=channels_last)
+    return F.group_norm(x, IMAGE, leaf(c), leaf(c), activation="silu")
 
 
 LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {

@@ -55,7 +55,7 @@ def fast_sigmoid(z, F: tl.constexpr):
 
 @triton.jit
 def exact_sigmoid(z, F: tl.constexpr):
-    """1 / (1 + exp(-z)) of fp32 to five steps of it: what the rounding of z · log2(e) leaves out is made up for.
+    """1 / (1 + exp(-z)) of fp32 to six steps of it: what the rounding of z · log2(e) leaves out is made up for.
 
     Beyond ±88, where neither 1 + exp(-z) nor its distance from 1 can be told, as if at ±88.
     """

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from . import schedule
+from . import schedule, walks
 from .gpus import Device
 from .kernels.bundles import Form
 from .layout import Layout, dense_strides
@@ -169,9 +169,9 @@ class Planner:
 
     def steps(self, layout: Layout, tile: Tile) -> int:
         """Tiles along s that a program of a statistics kernel walks."""
-        least = schedule.least_steps(layout, tile)
+        least = walks.least_steps(layout, tile)
         programs = self.limits.stream_warps // tile.warps
-        return max(least, schedule.steps(layout, tile, self.device, programs)) if self.images else least
+        return max(least, walks.steps(layout, tile, self.device, programs)) if self.images else least
 
     def form(self, view: View) -> Form:
         """What is known of every launch over a view, whatever its tile."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import schedule
+from . import schedule, walks
 from .gpus import Device
 from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
@@ -186,7 +186,7 @@ class _Backward(Planner):
         """
         layout = self.groups.layout
         adds = phase != APPLY or not any(sums)  # given sums come from a launch that has added up dw and db
-        count, steps = schedule.parts(layout, tile, self.device, adds * (self.dw + self.db))
+        count, steps = walks.parts(layout, tile, self.device, adds * (self.dw + self.db))
         direct = count == 1
         names = self.totals(direct, count) if adds else NONE
         blocks = cdiv(layout.extent("c"), 1 if tile.along_m else tile.columns)
@@ -215,7 +215,7 @@ class _Backward(Planner):
         if self.columns is None:
             steps = self.steps(layout, tile)
         else:
-            steps = schedule.steps(layout, tile, self.device, self.limits.grad_column_programs)
+            steps = walks.steps(layout, tile, self.device, self.limits.grad_column_programs)
             formed = formed._replace(FOLD=(1, tile.k, tile.k, 1))
         chunks = cdiv(layout.extent("s"), tile.length * steps)
         programs = kept_blocks(layout, tile.along_m, tile.columns) * cdiv(layout.extent("a"), tile.width) * chunks

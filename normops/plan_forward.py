@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from . import schedule
+from . import schedule, walks
 from .gpus import Device
 from .kernels.bundles import APPLY, STATISTICS, Form
 from .kernels.finish import finish
@@ -58,6 +58,8 @@ class _Forward(Planner):
     def resident_tile(self) -> Tile | None:
         layout = self.groups.layout
         extra = self.shapes.has("POST")
+        if self.columns is not None and not self.limits.engine and not schedule.beside(layout, self.itemsize):
+            return None
         if in_rows(layout):
             tile = schedule.forward_rows(
                 layout, self.itemsize, self.acc_bytes, self.summed, extra, self.spec.activation
@@ -127,7 +129,7 @@ class _Forward(Planner):
         """A program walks along columns; those of a group meet in the finish."""
         layout = columns.layout
         tile = schedule.column_tile(layout, self.itemsize, self.device)
-        steps = schedule.steps(layout, tile, self.device, self.limits.column_programs)
+        steps = walks.steps(layout, tile, self.device, self.limits.column_programs)
         chunks = cdiv(layout.extent("s"), tile.length * steps)
         block_k, _, block_p = schedule.column_finish_tile(chunks * layout.fold, 1)
         read = self.reading(columns)

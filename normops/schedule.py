@@ -14,7 +14,7 @@ from typing import Any
 
 from .gpus import Device
 from .layout import Layout
-from .tile import Tile, along_m, in_rows, kept_bound, line_groups, next_power_of_2, sideways, vector
+from .tile import Tile, across, along_m, kept_bound, line_groups, next_power_of_2, sideways, vector
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # compared by identity: part of the key of every call
@@ -209,6 +209,12 @@ def forward_groups(
     return whole_groups(layout, itemsize, acc_bytes, limit, limits().tile, 1024, extra, 16)
 
 
+def beside(layout: Layout, itemsize: int) -> bool:
+    """Whether a forward program should hold whole groups of columns: small ones of a small call.  Else three launches
+    are predicted up to twice as fast, whose programs walk along columns and leave the groups to the finish."""
+    return layout.group <= 1024 and layout.numel * itemsize <= 4 << 20
+
+
 def enough(layout: Layout, device: Device) -> bool:
     """Whether a program for each group keeps more than half of the device busy, or has not much to do."""
     return layout.group <= 24576 or 2 * layout.groups > device.num_sms
@@ -292,51 +298,12 @@ def column_tile(layout: Layout, itemsize: int, device: Device) -> Tile:
     return tile
 
 
-def across(layout: Layout, tile: Tile) -> int:
-    """Tiles side by side: of all groups, and along a."""
-    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
-    return -(-layout.extent(inside) // tile.columns) * layout.extent(outside) * -(-layout.extent("a") // tile.width)
-
-
-def steps(layout: Layout, tile: Tile, device: Device, programs: int) -> int:
-    """Tiles that a program of a statistics kernel walks along s: so many programs for each SM, if there are as many
-    tiles; with all that they have on their way memory is busy."""
-    tiles = -(-layout.extent("s") // tile.length)
-    return -(-tiles // max(1, min(tiles, programs * device.num_sms // across(layout, tile))))
-
-
-def least_steps(layout: Layout, tile: Tile) -> int:
-    """As few of these as leave a finish no more than Limits.chunks; a function of the group alone."""
-    tiles = -(-layout.extent("s") // tile.length)
-    return max(1, -(-tiles * -(-layout.extent("a") // tile.width) // limits().chunks))
-
-
 def column_finish_tile(partials: int, n_a: int) -> tuple[int, int, int]:
     """(groups, columns of each, partials) that a finish of columns takes at once: all partials of a group, up to 1024,
     and as many groups and columns as fill a program."""
     p = max(32, min(1024, next_power_of_2(partials)))
     a = min(next_power_of_2(n_a), 32)
     return max(1, min(8, 4096 // (a * p))), a, p
-
-
-def parts(layout: Layout, tile: Tile, device: Device, sums: int) -> tuple[int, int]:
-    """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
-    `sums`: each leaves partial dw or db."""
-    across = -(-layout.extent("a") // tile.width)
-    across *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
-    blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
-    warps = limits().warps_per_sm
-    if tile.pieces > 1:  # rows keep w, dw and db of every element: 160 registers a thread; columns one for each lane
-        each = tile.elements // (32 * tile.warps)
-        warps = (8 if (1 + sums) * each > 64 else 12) if in_rows(layout) else 512 // each
-    if tile.single:
-        return blocks, 1
-    wanted = max(1, device.num_sms * max(1, warps // tile.warps) // across)
-    if layout.extent("s") == 1:
-        # Partial dw and db are 8 bytes a column and part: of 8 rows each, they are a fifth of x, dy and dx.
-        wanted = max(1, min(wanted, layout.extent("m") // 8))
-    each = -(-blocks // min(wanted, blocks))
-    return -(-blocks // each), each
 
 
 def finish_group_tile(kept_first: bool, n_a: int = 1) -> tuple[int, int, int]:

@@ -102,3 +102,9 @@ def line_groups(layout: Layout, itemsize: int, line_bytes: int) -> int:
     if len(layout.runs) > 2 and not layout.runs[-2].reduced and inner.size < line:
         return next_power_of_2(-(-line // inner.size))
     return 1
+
+
+def across(layout: Layout, tile: Tile) -> int:
+    """Tiles side by side: of all groups, and along a."""
+    inside, outside = ("m", "c") if tile.along_m else ("c", "m")
+    return -(-layout.extent(inside) // tile.columns) * layout.extent(outside) * -(-layout.extent("a") // tile.width)

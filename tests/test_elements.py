@@ -93,18 +93,18 @@ def test_fast_sigmoid_is_within_its_error() -> None:
 
 
 @on_gpu
-def test_exact_sigmoid_is_within_five_steps() -> None:
+def test_exact_sigmoid_is_within_six_steps() -> None:
     every_kind = torch.tensor([0.0, -0.0, 1e-45, torch.inf, -torch.inf, torch.nan, 3e38, -3e38, 88.0, -88.0, 1e30])
     z = torch.cat([torch.linspace(-100, 100, (1 << 16) - every_kind.numel()), every_kind]).cuda()
     _, assembly = both(exact_sigmoids, z)
     there = ~z.isnan()
     exact = torch.sigmoid(z[there].double())
-    assert ((assembly[there] - exact).abs() <= 5 * 2.0**-23 * exact + 1e-38).all()
+    assert ((assembly[there] - exact).abs() <= 6 * 2.0**-23 * exact + 1e-38).all()
     assert assembly[~there].isnan().all()
 
 
 def test_the_formula_of_exact_sigmoid() -> None:
-    """Step by step in fp32, with the errors that PTX's manual gives ex2 and rcp: within five steps of its value.
+    """Step by step in fp32, with the errors that PTX's manual gives ex2 and rcp: within six steps of its value.
 
     Without the correction by r the rounding of z · log2(e) costs ten and more.
     """
@@ -119,7 +119,7 @@ def test_the_formula_of_exact_sigmoid() -> None:
         for e in (power, (power.astype(np.float64) * r + power).astype(np.float32)):
             s = 1 / (1 + e).astype(np.float64) * rcp
             errors.append(float(np.abs(s / exact - 1).max() / 2.0**-23))
-        assert errors[1] <= 5 < 10 <= errors[0], errors
+        assert errors[1] <= 6 < 10 <= errors[0], errors
 
 
 @on_gpu

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from bench.engines import BASELINE, CHANNELS, LAYOUTS, Cell, cells, regret
+from bench.engines import BASELINE, LAYOUTS, Cell, cells, regret
 from bench.tune_measure import planned
 
 ROWS = json.loads(BASELINE.read_text())["rows"]
@@ -40,4 +40,3 @@ def test_the_map_is_that_of_the_rules(layout: str) -> None:
                 y.backward(torch.empty_like(y))
             for plan, direction in zip(found, ("forward", "backward"), strict=True):
                 assert plan.engine == chosen[cell.group, cell.groups, direction], cell
-    assert CHANNELS > 1

@@ -69,7 +69,7 @@ def figures(found: Explanation) -> list[dict[str, Any]]:
             "bound": d.bound, "of_floor": d.of_floor, "per_element": d.per_element(), "passes": d.passes,
             "mufu": d.per_element("mufu"),
             "hbm": d.hbm.bytes, "floor": d.floor_bytes, "launches": [launch.name for launch in d.launches],
-            "text": str(d), "calibrated": None if d.prediction is None else d.prediction.calibrated,
+            "others": d.others, "text": str(d), "calibrated": None if d.prediction is None else d.prediction.calibrated,
         }
         for d in found
     ]  # fmt: skip
@@ -105,6 +105,7 @@ def explain_all() -> dict[str, Any]:
     found["empty"] = figures(explain(lambda: F.layer_norm(images(0, 256), (256,))))
     with schedule.forced(engine="split"):
         found["split"] = figures(explain(CALLS["group_norm"], device="b200"))
+    found["compared"] = figures(explain(CALLS["group_norm"], compare=True))
     found["amd"] = figures(explain(CALLS["group_norm"], device="mi300x"))
     ROWS.grad = None
     explain(CALLS["layer_norm"])
@@ -166,6 +167,17 @@ def test_other_schedules_and_devices(found: dict[str, Any]) -> None:
     forward, _ = found["amd"]
     assert forward["predicted_us"] is forward["bound"] is forward["per_element"] is None
     assert "predicted" not in forward["text"] and "floor on AMD Instinct MI300X" in forward["text"]
+
+
+def test_other_engines_are_compared(found: dict[str, Any]) -> None:
+    for alone, compared in zip(found["group_norm"], found["compared"], strict=True):
+        assert not alone["others"] and compared["predicted_us"] == alone["predicted_us"]
+        assert {compared["engine"], *compared["others"]} == set(schedule.ENGINES)
+        lines = compared["text"].splitlines()
+        assert "\n".join(lines[:-2]) == alone["text"]
+        for line, (engine, us) in zip(lines[-2:], compared["others"].items(), strict=True):
+            factor = us / compared["predicted_us"]
+            assert line == f"  by the engine {engine}: {us:.1f} us, {factor:.2f} times as long"
 
 
 def test_errors(found: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from math import prod
 
 import pytest
 
-from normops import schedule, ticketing
+from normops import schedule, ticketing, walks
 from normops.gpus import A100, B200, H200, KNOWN, Device
 from normops.kernels import tickets
 from normops.layout import Layout, coalesce, dense_strides, split
@@ -121,7 +121,7 @@ def test_tiles_of_rows_do_not_depend_on_the_batch(dimensions: tuple[int, int, in
             found = [tiles(batch[name], itemsize, acc) for batch in batches]
             assert all(f == found[0] for f in found), name
             streams = [schedule.stream(b[name], itemsize, acc, schedule.limits().tile, 1024) for b in batches]
-            steps = {schedule.least_steps(b[name], tile) for b, tile in zip(batches, streams, strict=True)}
+            steps = {walks.least_steps(b[name], tile) for b, tile in zip(batches, streams, strict=True)}
             assert len(steps) == 1, name
 
 
@@ -140,7 +140,7 @@ def test_steps_bound_the_partial_results(found: Layout) -> None:
     for (itemsize, acc), elements, most in product(SIZES, (64, 4096), (1, 7, 256)):
         with schedule.forced(chunks=most):
             tile = schedule.stream(found, itemsize, acc, elements, 1024)
-            steps = schedule.least_steps(found, tile)
+            steps = walks.least_steps(found, tile)
             assert steps >= 1
             blocks_a = -(-found.extent("a") // tile.a)
             chunks_s = -(-found.extent("s") // (tile.s * steps))
@@ -156,7 +156,7 @@ def test_parts_cover_the_rows_exactly(found: Layout, device: Device) -> None:
     m = found.extent("m")
     for itemsize, acc in SIZES:
         for tile in tiles(found, itemsize, acc):
-            count, each = schedule.parts(found, tile, device, 2)
+            count, each = walks.parts(found, tile, device, 2)
             blocks = -(-m // tile.k) if tile.along_m else m
             assert count >= 1 and each >= 1
             assert count * each >= blocks, "rows are left out"
@@ -168,7 +168,7 @@ def test_parts_grow_with_the_device() -> None:
     found = named(4096, 4096, 1)["LayerNorm"]
     tile = schedule.whole_groups(found, 2, 4, schedule.limits().backward_affine, schedule.limits().grad_tile, 512)
     assert tile is not None
-    counts = [schedule.parts(found, tile, replace(H200, num_sms=n), 2)[0] for n in (1, 16, 64, 132)]
+    counts = [walks.parts(found, tile, replace(H200, num_sms=n), 2)[0] for n in (1, 16, 64, 132)]
     assert counts == sorted(counts) and counts[0] < counts[-1]
 
 

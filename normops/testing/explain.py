@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .. import plan
+from .. import plan, schedule
 from ..kernels.bundles import BOTH
 from . import cost
 from .counting import Moved
@@ -54,6 +54,8 @@ class Direction:
     """The least a call can move: each input read once, each output written once."""
     prediction: Prediction | None
     """None on AMD, and where none was asked for."""
+    others: Mapping[str, float] = field(default_factory=dict)
+    """Microseconds that it is predicted to take by other engines, where these were asked for too."""
 
     @property
     def engine(self) -> str:
@@ -112,6 +114,8 @@ class Direction:
             f"  {kind} on {self.hardware.title}: {self.prediction.us:.1f} us, {self.of_floor:.2f} of the floor "
             f"({self.floor_us:.1f} us), bound by {self.bound}"
         )
+        for engine, us in self.others.items():
+            yield f"  by the engine {engine}: {us:.1f} us, {us / self.prediction.us:.2f} times as long"
 
 
 def titled(planned: plan.Launch) -> str:
@@ -164,13 +168,14 @@ def direction(
     )  # fmt: skip
 
 
-def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
+def explain(call: Callable[[], Any], device: str = "h100", compare: bool = False) -> Explanation:
     """What the calls of normops inside ``call()`` would do on a device: plan, bytes, instructions, predicted time.
 
     ``call`` is run once with normops' kernels compiled instead of run, so outputs hold no values; give it CPU tensors
     of the real shapes (``torch.empty`` costs nothing).  What it does beside normops, torch does on the CPU.  If what it
     returns requires gradients and it does no backward of its own, the backward is explained too: no ``.grad`` changes,
-    the graph stays, hooks run.  Devices: the names of ``HARDWARE``.
+    the graph stays, hooks run.  Devices: the names of ``HARDWARE``.  ``compare``: ``call`` is run once more with each
+    engine that can be forced, to say what it is predicted to take by the others.
 
     Raises ValueError for an unknown device or meta tensors, RuntimeError in the interpreter, which compiles nothing.
 
@@ -181,6 +186,18 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
     >>> forward.name, backward.name, forward.bound in ("issue", "memory", "latency", "launches")
     ('forward', 'backward', True)
     """
+    found = _explained(call, device)
+    for engine in schedule.ENGINES if compare else ():
+        with schedule.forced(engine=engine):
+            again = _explained(call, device)
+        for i, (one, other) in enumerate(zip(found, again, strict=True)):
+            # Where an engine cannot take a call, another one does.
+            if other.engine not in (one.engine, *one.others) and other.predicted_us is not None:
+                found[i] = replace(one, others={**one.others, other.engine: other.predicted_us})
+    return Explanation(found)
+
+
+def _explained(call: Callable[[], Any], device: str) -> list[Direction]:
     with virtual_device(device) as gpu, plans() as planned:
         results = [t for t in tree_leaves(call()) if isinstance(t, torch.Tensor)]
         if any(t.is_meta for t in results):
@@ -200,7 +217,7 @@ def explain(call: Callable[[], Any], device: str = "h100") -> Explanation:
             raise RuntimeError("call must not explain or compile for a device itself: its launches went elsewhere")
         if mine:
             found.append(direction(one, mine, gpu.hardware))
-    return Explanation(found)
+    return found
 
 
 def _leaves(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
