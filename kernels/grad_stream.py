@@ -11,6 +11,7 @@ from .norm import (
     gradient,
     parameters,
     read_gradient,
+    read_sum,
     saved_statistics,
     tile_sums,
     write_gradient,
@@ -41,9 +42,10 @@ def grad_stream(o, n0, number, F: tl.constexpr):
             s_start = (chunk_s * number + i) * F.WIDTH_S
             u = tile_at(t.at[0], t.at[1], t.mk, block_a * F.WIDTH_A, s_start, n0, F)
             streams = read_gradient(o, u, F)
+            dsum = read_sum(o, u, F)
             for p in tl.static_range(PIECES):
                 d, g = gradient(o, streams, mean, rstd, w, b, p, F)
-                write_gradient(o, d, g, 0.0, 0.0, rstd * w[p], u, p, F)
+                write_gradient(o, d, g, dsum, 0.0, 0.0, rstd * w[p], u, p, F)
                 t1 += g * d
                 t0 += g
         p1, p0 = tile_sums(t1, t0, F)
@@ -105,10 +107,11 @@ def paired(o, n0, lead, F: tl.constexpr):
 @triton.jit
 def apply(o, streams, mean, rstd, w, b, t, SHARED: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
     k1, k0 = given_sums(o, t, rstd, F, SHARED)
+    dsum = read_sum(o, t, F)
     PIECES: tl.constexpr = F.PIECES
     for p in tl.static_range(PIECES):
         d, g = gradient(o, streams, mean, rstd, w, b, p, F)
-        write_gradient(o, d, g, k1, k0, rstd * w[p], t, p, F, KEEP)
+        write_gradient(o, d, g, dsum, k1, k0, rstd * w[p], t, p, F, KEEP)
 
 
 @triton.jit

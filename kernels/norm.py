@@ -42,11 +42,16 @@ def read_input(o, t, F: tl.constexpr, KEEP: tl.constexpr = ANY, write=True):
 
 
 @triton.jit
-def load_pieces(ptr, t, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
+def load_pieces(
+    ptr, t, STRIDES: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY, FIRST: tl.constexpr = 0,
+    NUMBER: tl.constexpr = 1 << 30,
+):  # fmt: skip
+    """So many pieces from the FIRST on, as they are in memory; nothing of an operand that is not there."""
     PIECES: tl.constexpr = F.PIECES
     v = ()
-    for p in tl.static_range(PIECES):
-        v = v + (load(ptr, t, p, STRIDES, F, KEEP),)
+    if ptr is not None:
+        for p in tl.static_range(FIRST, min(FIRST + NUMBER, PIECES)):
+            v = v + (load(ptr, t, p, STRIDES, F, KEEP),)
     return v
 
 
@@ -176,12 +181,13 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     for q in tl.static_range(0, PIECES, AHEAD):
         ws = load_parameters(o.w, t, q, AHEAD, 1.0, F)
         bs = load_parameters(o.b, t, q, AHEAD, 0.0, F)
+        posts = load_pieces(o.post, t, POST, F, ANY, q, AHEAD)
         for p in tl.static_range(q, min(q + AHEAD, PIECES)):
             z = (widen(v[p], F) - mean) * (rstd * ws[p - q])
             if o.b is not None:
                 z = z + bs[p - q]
             if o.post is not None:
-                z += widen(load(o.post, t, p, POST, F), F)
+                z += widen(posts[p - q], F)
             save(o.y, activation(z, o.y.dtype.element_ty, F), t, p, Y, F, KEEP)
 
 
@@ -237,6 +243,16 @@ def read_gradient(o, t, F: tl.constexpr, KEEP: tl.constexpr = ANY):
 
 
 @triton.jit
+def read_sum(o, t, F: tl.constexpr):
+    """What is added to dx, of each piece as it is in memory: to be read before a store that it would wait for."""
+    DSUM: tl.constexpr = F.DSUM
+    v = ()
+    if o.dx is not None:
+        v = load_pieces(o.dsum, t, DSUM, F)
+    return v
+
+
+@triton.jit
 def gradient(o, streams, mean, rstd, w, b, PIECE: tl.constexpr, F: tl.constexpr, PURE: tl.constexpr = True):
     """d = x - mean and g = dy · act'(z) of a piece; z = d · rstd · w + b + post is computed again.
 
@@ -260,17 +276,19 @@ def gradient(o, streams, mean, rstd, w, b, PIECE: tl.constexpr, F: tl.constexpr,
 
 
 @triton.jit
-def write_gradient(o, d, g, k1, k0, scale, t, PIECE: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
-    """dx = g · rstd · w - (d · k1 + k0) + dsum, where scale = rstd · w, k1 = rstd² · c1, k0 = rstd · c0; dpost = g"""
+def write_gradient(o, d, g, dsum, k1, k0, scale, t, PIECE: tl.constexpr, F: tl.constexpr, KEEP: tl.constexpr = ANY):
+    """dx = g · rstd · w - (d · k1 + k0) + dsum, where scale = rstd · w, k1 = rstd² · c1, k0 = rstd · c0; dpost = g.
+
+    `dsum`: read_sum().
+    """
     DPOST: tl.constexpr = F.DPOST
-    DSUM: tl.constexpr = F.DSUM
     DX: tl.constexpr = F.DX
     if o.dpost is not None:
         save(o.dpost, g, t, PIECE, DPOST, F, KEEP)
     if o.dx is not None:
         dx = g * scale - (d * k1 + k0)
         if o.dsum is not None:
-            dx += widen(load(o.dsum, t, PIECE, DSUM, F), F)
+            dx += widen(dsum[PIECE], F)
         save(o.dx, dx, t, PIECE, DX, F, KEEP)
 
 

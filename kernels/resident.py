@@ -15,6 +15,7 @@ from .norm import (
     parameters,
     read_gradient,
     read_input,
+    read_sum,
     saved_statistics,
     sum_lanes,
     tile_sums,
@@ -82,6 +83,7 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
         t = tile_at(m, c, mk, a_start, 0, n0, F)
         mean, rstd = saved_statistics(o, t, F)
         streams = read_gradient(o, t, F)
+        dsum = read_sum(o, t, F)
         ds = ()
         gs = ()
         dw_next = ()
@@ -112,7 +114,7 @@ def grad_normalize(o, n0, steps, F: tl.constexpr):
                 store(o.p0, at, t0, mk)
         else:
             for p in tl.static_range(PIECES):
-                write_gradient(o, ds[p], gs[p], k1, k0, w[p] * rstd, t, p, F)
+                write_gradient(o, ds[p], gs[p], dsum, k1, k0, w[p] * rstd, t, p, F)
 
     m, c, mk = kept(0 * part, c_start, n0, F, F.BLOCK_K)
     t = tile_at(m, c, mk, a_start, 0, n0, F)
@@ -153,9 +155,10 @@ def grad_group(o, n0, F: tl.constexpr):
     n = group_size(n0, F)
     k1 = t1 * rstd * rstd * (rstd / n)
     k0 = t0 * (rstd / n) if F.CENTER else 0.0
+    dsum = read_sum(o, t, F)
     for p in tl.static_range(PIECES):
         d, g = gradient(o, streams, mean, rstd, w, b, p, F)
-        write_gradient(o, d, g, k1, k0, w[p] * rstd, t, p, F)
+        write_gradient(o, d, g, dsum, k1, k0, w[p] * rstd, t, p, F)
 
 
 @triton.jit

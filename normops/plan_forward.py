@@ -58,8 +58,6 @@ class _Forward(Planner):
     def resident_tile(self) -> Tile | None:
         layout = self.groups.layout
         extra = self.shapes.has("POST")
-        if self.columns is not None and not self.limits.engine and not schedule.beside(layout, self.itemsize):
-            return None
         if in_rows(layout):
             tile = schedule.forward_rows(
                 layout, self.itemsize, self.acc_bytes, self.summed, extra, self.spec.activation
@@ -68,7 +66,10 @@ class _Forward(Planner):
             tile = schedule.column_groups(layout, self.itemsize, self.acc_bytes, 8, 16)
         if tile is not None:
             return tile
-        return schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.spec.activation)
+        tile = schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.spec.activation)
+        if tile is None or self.columns is None or self.limits.engine:
+            return tile
+        return tile if schedule.beside(layout, self.itemsize, tile) else None
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout

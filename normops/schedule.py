@@ -209,10 +209,11 @@ def forward_groups(
     return whole_groups(layout, itemsize, acc_bytes, limit, limits().tile, 1024, extra, 16)
 
 
-def beside(layout: Layout, itemsize: int) -> bool:
-    """Whether a forward program should hold whole groups of columns: small ones of a small call.  Else three launches
-    are predicted up to twice as fast, whose programs walk along columns and leave the groups to the finish."""
-    return layout.group <= 1024 and layout.numel * itemsize <= 4 << 20
+def beside(layout: Layout, itemsize: int, tile: Tile) -> bool:
+    """Whether a forward program should hold this tile of groups that lie side by side in columns: one group, or small
+    ones of a small call.  Else three launches are predicted up to twice as fast, whose programs walk along columns and
+    leave the groups to the finish."""
+    return tile.k == 1 or (tile.elements <= 8192 and layout.numel * itemsize <= 4 << 20)
 
 
 def enough(layout: Layout, device: Device) -> bool:
@@ -339,7 +340,9 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     if across > most_warps:
         return None
     a = 32 * across * (access if across < 4 else lane)
-    while 8 * (-n % a) > n:
+    while 8 * (-n % a) > n:  # an eighth may idle
+        if each > 1 < across:
+            return None  # rows would be those of different warps after all
         a //= 2
     k = min(max(1, 4 // across), kept_bound(layout, "m"))
     return Tile(True, each * k, a, 1, k * across, pieces=-(-n // a), along_a=True)
@@ -351,7 +354,7 @@ def forward_rows(
     """rows() of a forward program: two of a warp, or of several, as far as registers go; else one.  `summed`: x is made
     of two tensors; `extra`: another one is added to y."""
     share = 2 if extra or activation in HEAVY else 1
-    sizes = [(2, 80), (1, 64)]
+    sizes = [(2, 48 if summed else 80), (1, 64)]
     if itemsize == 2 and share == 1 and not summed and vector(layout, itemsize) == 8:
         sizes.append((1, 128))
     tiles = (rows(layout, itemsize, acc_bytes, room // share, 16, each) for each, room in sizes)

@@ -28,15 +28,17 @@ def parts(layout: Layout, tile: Tile, device: Device, sums: int) -> tuple[int, i
     blocks_a *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
     warps = limits().warps_per_sm
-    if tile.pieces > 1:  # rows keep w, dw and db of every element: 160 registers a thread; columns one for each lane
+    if tile.pieces > 1:
         each = tile.elements // (32 * tile.warps)
-        warps = (8 if (1 + sums) * each > 64 else 12) if in_rows(layout) else 512 // each
+        kept = (1 + sums) * each  # rows keep w, dw and db of every element of a thread; columns one for each lane
+        warps = (8 if kept > 64 else 12 if kept > 40 else 16) if in_rows(layout) else 512 // each
     if tile.single:
         return blocks, 1
     wanted = max(1, device.num_sms * max(1, warps // tile.warps) // blocks_a)
     if layout.extent("s") == 1:
         # Partial dw and db are 8 bytes a column and part: of 8 rows each, they are a fifth of x, dy and dx.  Of few
-        # rows they may be more, rather than that SMs idle.
-        wanted = max(1, min(wanted, max(layout.extent("m") // 8, device.num_sms // blocks_a)))
+        # rows they may be more, down to 2 each, rather than that SMs idle.
+        m = layout.extent("m")
+        wanted = max(1, min(wanted, max(m // 8, min(m // 2, device.num_sms // blocks_a))))
     walked = -(-blocks // min(wanted, blocks))
     return -(-blocks // walked), walked
