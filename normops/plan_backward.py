@@ -115,7 +115,9 @@ class _Backward(Planner):
         # With a third stream one large group would spill; of images there must be enough of them.
         single = not (self.activated and self.added)
         single = single and (not self.images or schedule.enough(self.base.layout, self.device))
-        return schedule.backward_groups(layout, self.itemsize, self.acc_bytes, self.spec.activation, affine, single)
+        return schedule.backward_groups(
+            layout, self.itemsize, self.acc_bytes, self.device, self.spec.activation, affine, single
+        )
 
     def resident(self, tile: Tile) -> Plan:
         self.walk(tile, BOTH, NONE)

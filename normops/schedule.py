@@ -213,7 +213,8 @@ def beside(layout: Layout, itemsize: int, tile: Tile) -> bool:
     """Whether a forward program should hold this tile of groups that lie side by side in columns: one group, or small
     ones of a small call.  Else three launches are predicted up to twice as fast, whose programs walk along columns and
     leave the groups to the finish."""
-    return tile.k == 1 or (tile.elements <= 8192 and layout.numel * itemsize <= 4 << 20)
+    most = 8192 if layout.extent("a") > 1 else 16384
+    return tile.k == 1 or (tile.elements <= most and layout.numel * itemsize <= 4 << 20)
 
 
 def enough(layout: Layout, device: Device) -> bool:
@@ -222,7 +223,7 @@ def enough(layout: Layout, device: Device) -> bool:
 
 
 def backward_groups(
-    layout: Layout, itemsize: int, acc_bytes: int, activation: str, affine: bool, single: bool
+    layout: Layout, itemsize: int, acc_bytes: int, device: Device, activation: str, affine: bool, single: bool
 ) -> Tile | None:
     """A tile of whole groups for a backward program, which holds x, dy and what is made of them (`affine`: and dw and
     db of every element); or, where these do not fit and `single`, one group with x and dy as they came."""
@@ -232,8 +233,10 @@ def backward_groups(
     tile = whole_groups(layout, itemsize, acc_bytes, limit, pack, 512, activated, 8 if activated else 16)
     if tile is None and single and not affine and itemsize == 2 and activation in MADE_TWICE:
         a, s = layout.extent("a"), layout.extent("s")
-        # Several planes a piece spill beyond 32k; so do masks along s beside parameters and a derivative.
-        tile = whole_planes(layout, itemsize, limit * 3 // 2, limit * 5 // 2 if s >= 4096 else 2 * limit)
+        # Several planes a piece spill beyond 32k, as do all but for sm_90; and masks along s beside parameters and a
+        # derivative.
+        most = limit * 5 // 2 if s >= 4096 and device.capability == (9, 0) else 2 * limit
+        tile = whole_planes(layout, itemsize, limit * 3 // 2, most)
         if tile is None and not (activated and a > 1 and s & (s - 1)):
             tile = whole_groups(layout, itemsize, acc_bytes, 2 * limit, pack, 512)
         tile = replace(tile, single=True) if tile is not None and tile.k == 1 else None
