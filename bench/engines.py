@@ -149,7 +149,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     colours = dict(zip(schedule.ENGINES, ("tab:blue", "tab:orange", "tab:green"), strict=True))
-    with plt.rc_context({"svg.hashsalt": "normops"}):
+    with plt.rc_context({"svg.hashsalt": "normops", "svg.fonttype": "none"}):
         figure, grid = plt.subplots(len(LAYOUTS), 2, figsize=(11, 14), layout="constrained", sharex=True, sharey=True)
         for axes, (layout, way, found) in zip(grid.flat, panels(rows), strict=True):
             for row in found:
@@ -161,6 +161,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
                 axes.annotate(told, (row["group"], row["groups"]), ha="center", va="center", fontsize=6.5)
             axes.set(xscale="log", yscale="log", title=f"{layout}, {way}", xlabel="elements of a group")
             axes.set_ylabel("groups")
+            axes.margins(0.12)
         handles = [plt.Line2D([], [], color=c, marker="s", linestyle="", label=e) for e, c in colours.items()]
         grid[0, 0].legend(handles=handles, fontsize=8, loc="upper right")
         figure.suptitle(f"engine chosen, and how many times as long the best other one takes ({title})", fontsize=10)
