@@ -365,17 +365,18 @@ def forward_rows(
 
 
 def column_groups(layout: Layout, itemsize: int, acc_bytes: int, most: int, most_warps: int) -> Tile | None:
-    """A tile of whole groups that are columns, whose parameters run along them, in pieces of 16 bytes a lane along a,
-    no more than `most` of them: a line of memory wide, or half of one, or a sector; None where a group is too long for
-    all of these, or narrower accesses are all that memory allows."""
+    """A tile of whole groups that are columns, whose parameters run along them, in pieces along a, no more than `most`
+    of them, of 16 bytes a lane, or of eight elements where they are accessed one by one: a line of memory wide, or half
+    of one, or a sector; None where a group is too long for all of these."""
     lane = vector(layout, itemsize)
-    if layout.letters[-2:] not in ("am", "ac") or layout.extent("s") > 1 or acc_bytes > 4 or lane * itemsize < 8:
+    if layout.letters[-2:] not in ("am", "ac") or layout.extent("s") > 1 or acc_bytes > 4:
         return None
-    for share, warps in ((1, 4), (2, 4), (2, 8), (2, 16), (4, 8), (4, 16)):
-        k = max(lane, limits().line_bytes // itemsize // share)
-        a = 32 * lane * warps // k
+    narrow = lane * itemsize < 8
+    for share, warps in ((8, 4), (8, 8), (8, 16)) if narrow else ((1, 4), (2, 4), (2, 8), (2, 16), (4, 8), (4, 16)):
+        k = 64 // share if narrow else max(lane, limits().line_bytes // itemsize // share)
+        a = 32 * (8 if narrow else lane) * warps // k
         pieces = -(-layout.extent("a") // a)
-        if pieces <= most and warps <= most_warps:
+        if pieces <= (most // 2 if narrow else most) and warps <= most_warps:
             return Tile(along_m(layout), k, a, 1, warps, pieces=pieces, along_a=True)
     return None
 
