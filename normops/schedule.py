@@ -343,7 +343,7 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     if across > most_warps:
         return None
     a = 32 * across * (access if across < 4 else lane)
-    while 8 * (-n % a) > n:  # an eighth may idle
+    while 8 * (-n % a) > n and a > 64 * across:  # an eighth may idle; a thread has two elements, a register of them
         if each > 1 < across:
             return None  # rows would be those of different warps after all
         a //= 2

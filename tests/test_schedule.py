@@ -164,6 +164,18 @@ def test_parts_cover_the_rows_exactly(found: Layout, device: Device) -> None:
             assert count <= device.num_sms * schedule.limits().warps_per_sm
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_a_thread_has_two_elements_of_each_piece_of_a_row(itemsize: int) -> None:
+    """Which are converted as the pair that a register holds, where they are accessed so."""
+    for n in (*range(129, 1200), *range(1200, 70_000, 997), 65536, 14336, 5120):
+        found = named(4096, n, 1)["LayerNorm"]
+        backward = schedule.rows(found, itemsize, 4, 32, 8)
+        for tile in (schedule.forward_rows(found, itemsize, 4, False, False, "identity"), backward):
+            if tile is not None:
+                assert tile.k * tile.a >= 64 * tile.warps or vector(found, itemsize) == 1, (n, tile)
+                assert tile.width >= n > tile.width - tile.a, (n, tile)
+
+
 def test_parts_grow_with_the_device() -> None:
     found = named(4096, 4096, 1)["LayerNorm"]
     tile = schedule.whole_groups(found, 2, 4, schedule.limits().backward_affine, schedule.limits().grad_tile, 512)
