@@ -335,7 +335,7 @@ def rows(layout: Layout, itemsize: int, acc_bytes: int, room: int, most_warps: i
     n = layout.extent("a")
     if n <= 32 * lane:
         a = next_power_of_2(n)
-        k = max(1, 4096 // share // max(a, lane))
+        k = max(1, 128 * (32 if room >= 32 else 16) // share // max(a, lane))
         return Tile(True, min(k, kept_bound(layout, "m")), a, 1, 4)
     access, across = vector(layout, itemsize), 1  # warps of a row
     while -(-n // (32 * across * access)) * access * each > room // share:
