@@ -17,12 +17,11 @@ from torch import Tensor
 
 from normops import functional as F
 from normops import schedule
-from normops.testing import plans
-from normops.testing.explain import direction
+from normops.testing import explain
 from normops.testing.predict import calibrated
 
 from .common import ROOT, console, print_table, run_all, save, text
-from .counting import LIMIT, compiling, entered
+from .counting import LIMIT, compiling
 from .evidence import head
 from .figures import Row
 from .workers import Failed
@@ -36,7 +35,6 @@ LEAST, MOST = 1 << 19, 1 << 27
 """Elements of x: 1 MB to 256 MB in bf16."""
 IMAGE, CHANNELS = 32, 4
 """Groups of an image, and channels of a group; of an InstanceNorm they are one."""
-DIRECTIONS = ("forward", "backward")
 
 
 class Cell(NamedTuple):
@@ -82,19 +80,12 @@ LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
 
 def predicted(cell: Cell, device: str) -> list[Row]:
     """The predicted time of each direction by the engine that the schedule chooses, and by each that can be forced."""
-    gpu = entered(device)
-    found: list[Row] = [{**cell._asdict(), "direction": d, "chosen": "", "us": {}} for d in DIRECTIONS]
-    for engine in ("", *schedule.ENGINES):
-        gpu.launches.clear()
-        with schedule.forced(engine=engine), plans() as planned:
-            y = LAYOUTS[cell.layout](cell.group, cell.groups)
-            y.backward(torch.empty_like(y))
-        launches = iter(gpu.launches)
-        for row, plan in zip(found, planned, strict=True):
-            one = direction(plan, [next(launches) for _ in plan.plan.launches], gpu.hardware)
-            row["chosen"] = row["chosen"] or one.engine
-            row["us"].setdefault(one.engine, round(one.predicted_us or 0.0, 2))
-    return found
+    found = explain(lambda: LAYOUTS[cell.layout](cell.group, cell.groups), device, compare=True)
+    return [
+        {**cell._asdict(), "direction": one.name, "chosen": one.engine,
+         "us": {engine: round(us, 2) for engine, us in ((one.engine, one.predicted_us or 0.0), *one.others.items())}}
+        for one in found
+    ]  # fmt: skip
 
 
 def regret(row: Row) -> float:
@@ -137,7 +128,7 @@ def print_regrets(rows: Sequence[Row], least: float = 0.05) -> None:
 
 def panels(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[Row]]]:
     for layout in LAYOUTS:
-        for way in DIRECTIONS:
+        for way in ("forward", "backward"):
             yield layout, way, [r for r in rows if (r["layout"], r["direction"]) == (layout, way)]
 
 

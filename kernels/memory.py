@@ -4,15 +4,7 @@ import triton
 import triton.language as tl
 
 from .elements import widen
-from .tile import (
-    Tile,
-    both,
-    coordinates,
-    mask_of,
-    mask_parameters,
-    offsets,
-    zeros,
-)
+from .tile import Tile, both, coordinates, mask_of, mask_parameters, offsets, zeros
 
 # Hints to L2: to hold what is read or written for a second read, to drop it after the last one, none.
 EVICT_LAST = tl.constexpr("evict_last")
@@ -101,6 +93,7 @@ def load_parameter(ptr, t, PIECE: tl.constexpr, F: tl.constexpr):
         BYTES: tl.constexpr = F.ACCESS * ptr.dtype.element_ty.primitive_bitwidth // 8
         p, _ = tl.broadcast(tl.multiple_of(p, (1, BYTES, 1)), zeros(F.BLOCK_K, F.BLOCK_A, 1, tl.int1))
     v = load_from(p, mask_parameters(t, PIECE, F))
+    # In pairs where each thread has two for certain: of 16 warps, if rows are no pieces.
     return widen(v, F) if ROWS or (F.BLOCK_A >= 1024 and F.BLOCK_S == 1) else v.to(F.ACC)
 
 

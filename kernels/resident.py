@@ -22,7 +22,7 @@ from .norm import (
     write_gradient,
     write_output,
 )
-from .sums import beside, of_lanes, over_rows, plus, side_by_side, sums_along
+from .sums import joined, of_lanes, over_rows, plus, side_by_side, sums_along
 from .tile import extent, first_columns, group_size, kept, offsets, tile_at, tile_of, widened, zeros
 
 _APPLY = tl.constexpr(APPLY)
@@ -139,8 +139,8 @@ def grad_group(o, n0, F: tl.constexpr):
         # What a lane has at once, so that little is left of a piece.
         p1 = p1 + (tl.sum(tl.reshape(g * d, (F.BLOCK_A, F.BLOCK_S // V, V)), 2),)
         p0 = p0 + (tl.sum(tl.reshape(g, (F.BLOCK_A, F.BLOCK_S // V, V)), 2),)
-    p1 = tl.reshape(beside(p1, P), (F.BLOCK_A, F.BLOCK_S // V, P))
-    p0 = tl.reshape(beside(p0, P), (F.BLOCK_A, F.BLOCK_S // V, P))
+    p1 = tl.reshape(joined(p1, P), (F.BLOCK_A, F.BLOCK_S // V, P))
+    p0 = tl.reshape(joined(p0, P), (F.BLOCK_A, F.BLOCK_S // V, P))
     p1, p0 = sums_along(p1, p0, 1, F)
     p1 = tl.reshape(p1, (1, F.BLOCK_A, P))
     p0 = tl.reshape(p0, (1, F.BLOCK_A, P))

@@ -36,7 +36,7 @@ def of_lanes(v, F: tl.constexpr):
 
 
 @triton.jit
-def beside(v, N: tl.constexpr):
+def joined(v, N: tl.constexpr):
     """A tuple of up to N tensors of one shape -> one of N times the elements, counted by further axes of 2, with zeros
     for those that are not there; N: a power of two.  A lane keeps what it has."""
     if N == 1:
@@ -48,7 +48,7 @@ def beside(v, N: tl.constexpr):
                 pairs = pairs + (tl.join(v[i], v[i + N // 2]),)
             else:
                 pairs = pairs + (tl.join(v[i], tl.zeros_like(v[i])),)
-        w = beside(pairs, N // 2)
+        w = joined(pairs, N // 2)
     return w
 
 
@@ -56,7 +56,7 @@ def beside(v, N: tl.constexpr):
 def side_by_side(v, F: tl.constexpr):
     """A tuple of pieces [K, A, 1] -> [K, A, P], P the next power of two."""
     P: tl.constexpr = triton.next_power_of_2(F.PIECES)
-    return tl.reshape(beside(v, P), (v[0].shape[0], v[0].shape[1], P))
+    return tl.reshape(joined(v, P), (v[0].shape[0], v[0].shape[1], P))
 
 
 @triton.jit

@@ -182,7 +182,7 @@ class _Backward(Planner):
         return schedule.stream(self.base.layout, self.itemsize, self.acc_bytes, self.limits.grad_tile, 512)
 
     def walk(self, tile: Tile, phase: str, sums: Names) -> tuple[Names, int]:
-        """grad_normalize; `sums`: of rows, written (STATISTICS) or given.
+        """grad_normalize or grad_group; `sums`: of rows, written (STATISTICS) or given.
 
         A single part writes dw and db at once.  Several leave rows of them: returned of STATISTICS, else added up here.
         """

@@ -69,7 +69,7 @@ class _Forward(Planner):
         tile = schedule.forward_groups(layout, self.itemsize, self.acc_bytes, self.device, extra, self.spec.activation)
         if tile is None or self.columns is None or self.limits.engine:
             return tile
-        return tile if schedule.beside(layout, self.itemsize, tile) else None
+        return tile if schedule.holds_columns(layout, self.itemsize, tile) else None
 
     def resident(self, tile: Tile) -> Plan:
         layout = self.groups.layout

@@ -209,7 +209,7 @@ def forward_groups(
     return whole_groups(layout, itemsize, acc_bytes, limit, limits().tile, 1024, extra, 16)
 
 
-def beside(layout: Layout, itemsize: int, tile: Tile) -> bool:
+def holds_columns(layout: Layout, itemsize: int, tile: Tile) -> bool:
     """Whether a forward program should hold this tile of groups that lie side by side in columns: one group, or small
     ones of a small call.  Else three launches are predicted up to twice as fast, whose programs walk along columns and
     leave the groups to the finish."""

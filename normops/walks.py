@@ -23,7 +23,7 @@ def least_steps(layout: Layout, tile: Tile) -> int:
 
 def parts(layout: Layout, tile: Tile, device: Device, sums: int) -> tuple[int, int]:
     """(programs that share the walk over m, blocks of m each walks): as many programs as the device runs at once.
-    `sums`: each leaves partial dw or db."""
+    `sums`: how many of dw and db each leaves a part of."""
     blocks_a = -(-layout.extent("a") // tile.width)
     blocks_a *= layout.extent("c") if tile.along_m else -(-layout.extent("c") // tile.columns)
     blocks = -(-layout.extent("m") // tile.columns) if tile.along_m else layout.extent("m")
