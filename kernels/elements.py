@@ -69,7 +69,7 @@ def exact_sigmoid(z, F: tl.constexpr):
     else:
         # exp of a number that is not positive, so that nothing overflows.
         e = tl.exp(-tl.abs(z))
-        s = tl.where(z < 0.0, e, z * 0.0 + 1.0) / (1.0 + e)
+        s = tl.where(z < 0.0, e, 1.0) / (1.0 + e)
     return s
 
 

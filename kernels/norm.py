@@ -142,10 +142,13 @@ def reciprocal_root(v):
 
 @triton.jit
 def update_running(ptr, i, value, momentum, mask, F: tl.constexpr):
-    """running[i] = (1 - momentum) * running[i] + momentum * value"""
+    """running[i] = (1 - momentum) * running[i] + momentum * value, as torch.lerp: from the nearer end, so that what is
+    rounded is small beside the result."""
     old = tl.load(ptr + i, mask=mask, other=0.0).to(F.ACC)
     f = tl.full((), momentum, F.ACC)
-    tl.store(ptr + i, rounded(old + f * (value - old), ptr.dtype.element_ty), mask=mask)
+    way = value - old
+    new = tl.where(f < 0.5, old + f * way, value - (1.0 - f) * way)
+    tl.store(ptr + i, rounded(new, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

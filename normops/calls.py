@@ -6,7 +6,8 @@ the argument, its value and what was expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from math import prod
 from operator import attrgetter
 from typing import Any
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from . import activations, launch, schedule
+from .activations import Activation
 from .launch import Call
-from .norm import Norm, Operands, parse
+from .norm import OPTIONS, Norm, Operands, parse, whole
 from .plan import DTYPES
 
 Rule = Callable[..., Norm]
@@ -31,7 +33,7 @@ so does a tensor with the negative bit (the imaginary part of a conjugate)."""
 
 
 def find(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Activation, out_dtype: torch.dtype | None
 ) -> Call | None:
     """The call that these operands make; None where they are no plain tensors.  Where it was not met before, it is
     checked first."""
@@ -58,7 +60,7 @@ def find(
 
 
 def norm_of(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: str | None, out_dtype: torch.dtype | None
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Activation, out_dtype: torch.dtype | None
 ) -> Norm:
     """What a call means, once everything about it was found right."""
     _tensors(operands)
@@ -117,6 +119,9 @@ def _parameters(norm: Norm, o: Operands, reason: str = "") -> Norm:
     return norm
 
 
+_NOTHING = Norm(((0,),), (0,), ())
+
+
 def _channels(name: str, o: Operands, pattern: str) -> Norm:
     """Of the norms that may keep running statistics, one for each channel."""
     if (o.running_mean is None) != (o.running_var is None):
@@ -125,6 +130,8 @@ def _channels(name: str, o: Operands, pattern: str) -> Norm:
 
 
 def batch_norm(o: Operands, training: bool) -> Norm:
+    if o.x.shape == (0,) and o.weight is None and o.bias is None:
+        return _NOTHING  # of no channels, as PyTorch takes it
     norm = _channels("batch_norm", o, "n c ... -> c")
     if not training:
         if o.running_mean is None:
@@ -153,7 +160,8 @@ def instance_norm(o: Operands, use_input_stats: bool) -> Norm:
 
 
 def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else normalized_shape
+    shape = normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,)
+    shape = tuple(whole(n, "normalized_shape") for n in shape)
     if not shape:
         raise RuntimeError(f"normalized_shape must name at least one axis, got {shape}")
     lengths = {f"d{i}": n for i, n in enumerate(shape)}
@@ -167,6 +175,7 @@ def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
 
 
 def group_norm(o: Operands, num_groups: int) -> Norm:
+    num_groups = whole(num_groups, "num_groups")
     if num_groups <= 0:
         raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
     refusal = "Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got "
@@ -185,10 +194,14 @@ def normalize(
 ) -> Norm:
     if isinstance(axes, str):
         norm = parse(axes, o.x.shape, affine, dict(lengths))._replace(center=center)
-        return _broadcast(norm, o) if affine is None else _parameters(norm, o, f" and affine={affine!r}")
+        if affine is None and (o.weight is not None or o.bias is not None):
+            raise ValueError(f"pattern {axes!r}: weight and bias need affine, the axes they vary along, got None")
+        return norm if affine is None else _parameters(norm, o, f" and affine={affine!r}")
     if lengths or affine is not None:
         extra = "affine" if affine is not None else lengths[0][0]
-        raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}")
+        near = get_close_matches(extra, OPTIONS, 1)
+        hint = f"; did you mean {near[0]}?" if near and near[0] != extra else ""
+        raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}{hint}")
     rank = o.x.dim()
     if rank == 0:
         raise RuntimeError("x must have at least one axis, got a tensor of rank 0")
@@ -198,12 +211,10 @@ def normalize(
 
 
 def _reduced(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    axes = (axes,) if isinstance(axes, int) else tuple(axes)
+    axes = tuple(whole(axis, "axes") for axis in (axes if isinstance(axes, Iterable) else (axes,)))
     if not axes:
         raise ValueError("axes must name at least one axis, got ()")
     for axis in axes:
-        if not isinstance(axis, int):
-            raise TypeError(f"axes must be ints or a pattern, got {axis!r}")
         if not -rank <= axis < rank:
             raise IndexError(f"axes out of range: expected each in [{-rank}, {rank - 1}], got {axis}")
     found = tuple(axis % rank for axis in axes)

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import autograd, calls, reference, traced
+from . import activations, autograd, calls, reference, traced
+from .activations import Activation
 from .calls import Rule
 from .norm import Norm, Operands, laid_out
 from .plan import accumulator
@@ -36,7 +37,7 @@ _increment_version: Any = torch._C._increment_version
 
 
 def _run(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, activation: str | None,
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, activation: Activation,
     out_dtype: torch.dtype | None, momentum: float | Tensor | None = None, return_stats: bool = False,
 ) -> Any:  # fmt: skip
     """-> y, or (y, sum) with pre_add, followed by mean and rstd with return_stats.  Every norm goes through here.
@@ -46,11 +47,15 @@ def _run(
     """
     if has_torch_function_variadic(*operands):
         return _overridden(operands, rule, arguments, eps, activation, out_dtype, momentum, return_stats)
+    if activation is not None and activation.__class__ is not str:
+        activation = activations.check(activation)
     call = None if traced.watched() else calls.find(operands, rule, arguments, activation, out_dtype)
     norm = calls.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
     if eps is None:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
+    if isinstance(eps, Tensor):
+        raise TypeError(f"{rule.__name__}: eps must be a float, got a Tensor of shape {tuple(eps.shape)}")
     eps = float(eps)
     moves = operands.running_mean is not None and not norm.given
     if moves and momentum is None:
@@ -58,14 +63,18 @@ def _run(
     total: Tensor | None
     result: Any
     mean, rstd = None, None
+    needed = call is not None and torch.is_grad_enabled() and _needed(operands)
     if call is None or not call.kernels:
-        y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype, call is not None)
+        if call is None or needed:
+            y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype, call is not None)
+        else:
+            laid = laid_out(norm, operands if norm.given else Operands(*operands[:5]))
+            y, total, mean, rstd = reference.normalize(norm, eps, laid, out_dtype)
         result = y if operands.pre_add is None else (y, total)
     else:
         if not call.ready:
             operands = laid_out(norm, operands)
-        needed = torch.is_grad_enabled() and (operands.x.requires_grad or _needed(*operands))
-        if needed and norm.given and _needed(*operands[5:]):
+        if needed and norm.given and _needed(operands[5:]):
             raise RuntimeError(traced.CONSTANT)
         step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
         y, total, saved = found = call.forward(operands, eps, step, needed)
@@ -77,17 +86,24 @@ def _run(
             moves = False
         if return_stats or moves:
             mean, rstd = call.statistics(saved)
-    if moves:
-        reference.track(operands, mean, rstd, eps, momentum)  # type: ignore[arg-type]
+    if moves and operands.x.numel():
+        assert mean is not None and rstd is not None and momentum is not None
+        plain = call is not None and not call.kernels
+        # Taken back from rstd in float64, for eps may be large beside it.
+        var = reference.variance(norm, operands) if plain else (rstd.double().pow(-2) - eps).clamp_min(0)
+        reference.track(operands, mean, var, momentum)
     if not return_stats:
         return result
     statistics = (None if t is None else _spelled(t, norm) for t in (mean, rstd))
     return (result, *statistics) if operands.pre_add is None else (*result, *statistics)
 
 
-def _needed(*tensors: Tensor | None) -> bool:
-    """Whether any gradient may be asked for."""
-    return any(t is not None and t.requires_grad for t in tensors)
+def _needed(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether any gradient may be asked for; not of inference tensors among themselves, whatever they say."""
+    for t in tensors:  # any() takes several times as long
+        if t is not None and t.requires_grad:
+            return not all(t is None or t.is_inference() for t in tensors)
+    return False
 
 
 def _spelled(t: Tensor, norm: Norm) -> Tensor:
@@ -111,32 +127,32 @@ def _overridden(operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps:
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: str | None = ..., pre_add: None = ...,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: None = ...,
     post_add: Tensor | None = ..., return_stats: Literal[False] = ..., out_dtype: torch.dtype | None = ...,
     **lengths: int,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: str | None = ..., pre_add: Tensor,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: Tensor,
     post_add: Tensor | None = ..., return_stats: Literal[False] = ..., out_dtype: torch.dtype | None = ...,
     **lengths: int,
 ) -> Pair: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: str | None = ..., pre_add: None = ...,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: None = ...,
     post_add: Tensor | None = ..., return_stats: Literal[True], out_dtype: torch.dtype | None = ..., **lengths: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: str | None = ..., pre_add: Tensor,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: Tensor,
     post_add: Tensor | None = ..., return_stats: Literal[True], out_dtype: torch.dtype | None = ..., **lengths: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = None, bias: Tensor | None = None, *,
-    eps: float = 1e-5, center: bool = True, affine: str | None = None, activation: str | None = None,
+    eps: float = 1e-5, center: bool = True, affine: str | None = None, activation: Activation = None,
     pre_add: Tensor | None = None, post_add: Tensor | None = None, return_stats: bool = False,
     out_dtype: torch.dtype | None = None, **lengths: int,
 ) -> Any:  # fmt: skip
@@ -153,7 +169,7 @@ def normalize(
         eps: added to the variance.
         center: False leaves the mean in place (RMSNorm: var is then the mean of squares).
         affine: with a pattern, the axes of weight and bias, ``"c"`` or ``"(g c)"`` say.
-        activation: a name from ``normops.activations``.
+        activation: a name from ``normops.activations``, or what PyTorch has by it: ``F.silu``, ``nn.SiLU()``.
         pre_add: broadcast and added to x before the statistics; the call then returns ``(y, x + pre_add)``.
         post_add: broadcast and added after the affine, before the activation.
         return_stats: return mean and rstd too (mean is None without ``center``); no gradient flows through them.
@@ -185,19 +201,19 @@ def normalize(
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = ...,
     bias: Tensor | None = ..., training: bool = ..., momentum: float | Tensor = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = ...,
     bias: Tensor | None = ..., training: bool = ..., momentum: float | Tensor = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float | Tensor = 0.1, eps: float = 1e-5, *,
-    activation: str | None = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """BatchNorm over (N, *) for each channel of (N, C, *): :func:`torch.nn.functional.batch_norm` with extras.
@@ -221,19 +237,19 @@ def batch_norm(
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = ..., running_var: Tensor | None = ..., weight: Tensor | None = ...,
     bias: Tensor | None = ..., use_input_stats: bool = ..., momentum: float = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = ..., running_var: Tensor | None = ..., weight: Tensor | None = ...,
     bias: Tensor | None = ..., use_input_stats: bool = ..., momentum: float = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
     bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *,
-    activation: str | None = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """InstanceNorm over * for each sample and channel of (N, C, *): torch.nn.functional.instance_norm with extras.
@@ -256,18 +272,18 @@ def instance_norm(
 @overload
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ...,
-    *, activation: str | None = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    *, activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ...,
-    *, activation: str | None = ..., pre_add: Tensor, post_add: Tensor | None = ...,
+    *, activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, *, activation: str | None = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    eps: float = 1e-5, *, activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """LayerNorm over the last axes, ``normalized_shape``: :func:`torch.nn.functional.layer_norm` with extras.
@@ -280,7 +296,7 @@ def layer_norm(
     >>> y[0], hidden[0]
     (tensor([0., 0., 0.]), tensor([2., 2., 2.]))
     """
-    shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
     operands = Operands(input, weight, bias, pre_add, post_add)
     return _run(operands, calls.layer_norm, (shape,), eps, activation, out_dtype)
 
@@ -288,17 +304,17 @@ def layer_norm(
 @overload
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
-    activation: str | None = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
-    activation: str | None = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None, *,
-    activation: str | None = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """RMSNorm over the last axes: x / sqrt(mean(x²) + eps) · weight; :func:`torch.nn.functional.rms_norm` with extras.
@@ -310,7 +326,7 @@ def rms_norm(
     >>> normops.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,), out_dtype=torch.float32).dtype
     torch.float32
     """
-    shape = normalized_shape if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
     operands = Operands(input, weight, None, pre_add, post_add)
     return _run(operands, calls.rms_norm, (shape,), eps, activation, out_dtype)
 
@@ -318,17 +334,17 @@ def rms_norm(
 @overload
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    activation: str | None = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    activation: str | None = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """GroupNorm over (C / num_groups, *) of (N, C, *): :func:`torch.nn.functional.group_norm` with extras.

@@ -33,6 +33,7 @@ from torch.nn.modules import batchnorm, instancenorm
 
 from . import activations, calls
 from . import functional as F
+from .activations import Activation
 from .norm import affine_shape
 
 if not TYPE_CHECKING:
@@ -62,12 +63,12 @@ class _Fused(torch.nn.Module):
     out_dtype: torch.dtype | None = None
 
     def __init__(
-        self, *args: Any, activation: str | None = None, out_dtype: torch.dtype | None = None, **kwargs: Any
+        self, *args: Any, activation: Activation = None, out_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
-        activations.check(activation)
+        name = None if activation is None else activations.check(activation)
         calls.dtype(out_dtype)
         super().__init__(*args, **kwargs)
-        self.activation, self.out_dtype = activation, out_dtype
+        self.activation, self.out_dtype = name, out_dtype
 
     def __init_subclass__(cls) -> None:
         """Give a norm that takes torch's arguments and the extras their signature, for skip_init to look at."""
@@ -128,17 +129,23 @@ class _Parameters(torch.nn.Module):
             torch.nn.init.zeros_(self.bias)
 
 
+def _recomputing() -> bool:
+    """Whether a backward runs, which calls a norm only to compute again what a checkpoint did not keep: running
+    statistics have moved for this batch."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 class _BatchNorm(_Fused, batchnorm._BatchNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        tracking = self.training and self.track_running_stats
+        tracking = self.training and self.track_running_stats and not _recomputing()
         counter = self.num_batches_tracked if tracking else None
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if counter is not None and self.momentum is None:  # cumulative average; a graph holds no number of a tensor
             momentum = 1.0 / ((counter.double() if torch.compiler.is_compiling() else float(counter)) + 1.0)
-        used = not self.training or self.track_running_stats
+        used = not self.training or tracking
         if counter is not None:
             counter.add_(1)  # before the call: a checkpoint computes it again only as far as it needs tensors
         try:
@@ -180,8 +187,9 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
     def _apply_instance_norm(
         self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None
     ) -> Any:
+        used = not self.training or not _recomputing()
         return F.instance_norm(
-            input, self.running_mean, self.running_var, self.weight, self.bias,
+            input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum if self.momentum is not None else 0.0,
             self.eps, **self._extras(pre_add, post_add),
         )  # fmt: skip
@@ -278,10 +286,11 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
 
 
-class LayerNorm2d(_Fused, _Parameters):
+class LayerNorm2d(_Fused, torch.nn.LayerNorm):
     """LayerNorm over the channels of (N, C, ...), any rank from 2 on, in any memory format: ConvNeXt's LayerNorm2d.
 
-    weight and bias have shape (C,).  Raises ValueError where axis 1 of the input is not `num_channels`.  Source: Liu et
+    weight and bias have shape (C,).  It is a :class:`torch.nn.LayerNorm`, so that what treats norms by their class
+    (weight decay, say) finds it.  Raises ValueError where axis 1 of the input is not `num_channels`.  Source: Liu et
     al. 2022 (ConvNeXt).
 
     >>> import torch, normops
@@ -291,12 +300,16 @@ class LayerNorm2d(_Fused, _Parameters):
 
     def __init__(
         self, num_channels: int, eps: float = 1e-5, affine: bool = True, *, bias: bool = True,
-        activation: str | None = None, out_dtype: torch.dtype | None = None,
+        activation: Activation = None, out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
-        shape = (num_channels,) if affine else None
-        super().__init__(shape, bias, device, dtype, activation=activation, out_dtype=out_dtype)
-        self.num_channels, self.eps, self.affine = num_channels, eps, affine
+        super().__init__(
+            num_channels, eps, affine, bias, device, dtype, activation=activation, out_dtype=out_dtype
+        )  # fmt: skip
+
+    @property
+    def num_channels(self) -> int:
+        return self.normalized_shape[0]
 
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
@@ -304,12 +317,13 @@ class LayerNorm2d(_Fused, _Parameters):
         if input.dim() < 2 or input.size(1) != self.num_channels:
             raise ValueError(f"expected input of shape (N, {self.num_channels}, ...), got {tuple(input.shape)}")
         return F.normalize(
-            input, "n c ... -> n ...", self.weight, self.bias, eps=self.eps, affine="c" if self.affine else None,
-            **self._extras(pre_add, post_add),
+            input, "n c ... -> n ...", self.weight, self.bias, eps=self.eps,
+            affine="c" if self.elementwise_affine else None, **self._extras(pre_add, post_add),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return self._repr(f"{self.num_channels}, eps={self.eps}, affine={self.affine}, bias={self.bias is not None}")
+        parts = f"{self.num_channels}, eps={self.eps}, affine={self.elementwise_affine}, bias={self.bias is not None}"
+        return self._repr(parts)
 
 
 class Normalize(_Fused, _Parameters):
@@ -332,7 +346,7 @@ class Normalize(_Fused, _Parameters):
 
     def __init__(
         self, pattern: str, *, affine: str | None = None, eps: float = 1e-5, center: bool = True, bias: bool = True,
-        activation: str | None = None, out_dtype: torch.dtype | None = None,
+        activation: Activation = None, out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, **lengths: int,
     ) -> None:  # fmt: skip
         shape = affine_shape(pattern, affine, lengths)  # checks the pattern, also where there are no parameters

@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from math import prod
 from operator import index
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 from torch import Tensor
 
 from .layout import split
 
 ELLIPSIS = "..."
+OPTIONS = ("affine", "eps", "center", "activation", "pre_add", "post_add", "return_stats", "out_dtype", "bias")
+"""What else stands beside lengths in a call: what a misspelt one may have meant."""
 _TOKEN = re.compile(r"\([^()]*\)|\.\.\.|[^\s().]+|[().]")
 Sizes = tuple[int, ...]
 Groups = tuple[tuple[str, ...], ...]
@@ -117,6 +121,16 @@ def laid_out(norm: Norm, operands: Operands) -> Operands:
     return Operands(x, parameter(weight), parameter(bias), *adds, *running)
 
 
+def whole(n: Any, name: str) -> int:
+    """n as an int, as which NumPy's integers and others count too (none of which a norm may hold)."""
+    if isinstance(n, (int, torch.SymInt)):
+        return n  # type: ignore[return-value]
+    try:
+        return index(n)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {n!r}") from None
+
+
 def _fail(pattern: str, message: str, shape: Sequence[int] | None = None) -> NoReturn:
     raise ValueError(f"pattern {pattern!r}{'' if shape is None else f' on shape {tuple(shape)}'}: {message}")
 
@@ -172,10 +186,12 @@ def _lengths(left: Groups, lengths: Mapping[str, int] | Sequence[int] | None, pa
     known = {name for group in left for name in group} - {ELLIPSIS}
     for name, length in lengths.items():
         if name not in known:
-            _fail(pattern, f"length {name}={length} is not used; expected one of {sorted(known)}")
-        if index(length) < 0:
+            near = get_close_matches(name, [*known, *OPTIONS], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            _fail(pattern, f"length {name}={length} is not used; expected one of {sorted(known)}{hint}")
+        if whole(length, f"length {name}") < 0:
             _fail(pattern, f"length {name}={length}; expected a size of at least 0")
-    return dict(lengths)
+    return {name: whole(length, name) for name, length in lengths.items()}
 
 
 def _split(

@@ -66,17 +66,19 @@ def gradients(
     return ds, _summed(g * xhat, weight, norm), _summed(g, bias, norm), as_like(g, g.dtype, s)
 
 
-def track(operands: Operands, mean: Tensor, rstd: Tensor, eps: float, momentum: float | Tensor) -> None:
-    """Move running statistics towards those of x; the mean over the batch where x has several for each.
+def variance(norm: Norm, operands: Operands) -> Tensor:
+    """The biased variance of s, of deviations as :func:`normalize` takes them."""
+    s = operands.x.detach() if operands.pre_add is None else operands.x.detach() + operands.pre_add.detach()
+    _, h = _centred(_split(s, norm, accumulator(s.dtype)), norm.reduced, None)
+    return h.square().mean(norm.reduced, dtype=torch.float64).reshape(norm.kept_shape)
 
-    The unbiased variance is taken back from rstd, in float64, for eps may be large beside it.
-    """
-    if operands.x.numel() == 0:
-        return
+
+def track(operands: Operands, mean: Tensor, var: Tensor, momentum: float | Tensor) -> None:
+    """Move running statistics towards mean and var of x, the biased one, made unbiased; the mean over the batch where
+    x has several for each."""
     n = operands.x.numel() // mean.numel()
     with torch.no_grad():
-        var = (rstd.double().pow(-2) - eps).clamp_min(0) * (n / (n - 1))
-        for running, value in ((operands.running_mean, mean), (operands.running_var, var)):
+        for running, value in ((operands.running_mean, mean), (operands.running_var, var * (n / (n - 1)))):
             assert running is not None
             value = value.reshape(-1, running.numel()).mean(0).to(running.dtype)
             running.lerp_(value, momentum.to(running.dtype) if isinstance(momentum, Tensor) else float(momentum))

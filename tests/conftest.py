@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ if not torch.cuda.is_available():
 from normops import launch
 from normops.testing import prepare_once
 
+ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # pytest -n shares out the cores
 
 
@@ -50,6 +55,21 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def plain() -> Callable[[str], str]:
+    """Runs a program where a CPU has no kernels, and returns what it prints."""
+
+    def run(program: str) -> str:
+        env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
+        env |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

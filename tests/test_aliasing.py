@@ -114,8 +114,8 @@ def test_checkpoint(name: str, reentrant: bool, device: torch.device) -> None:
 def test_running_statistics_under_checkpointing(
     name: str, reentrant: bool, momentum: float | None, device: torch.device
 ) -> None:
-    """The recomputation moves running statistics, and counts batches, as often as that of torch's norm does.  It ends
-    where the last saved tensor is there again (early stop): inside the norm, before what follows the operator."""
+    """The recomputation leaves running statistics and the count of batches alone: they are those of torch's norm
+    without a checkpoint."""
     if name == "InstanceNorm2d" and momentum is None:
         pytest.skip("torch's InstanceNorm takes None for 0")
     pair = build(name, device)
@@ -123,8 +123,8 @@ def test_running_statistics_under_checkpointing(
         norm.momentum = momentum
     for _ in range(3):
         x = torch.randn(SHAPE, device=device) * 2 + 1
-        for norm in pair:
-            checkpoint(norm, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+        checkpoint(pair[0], x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()
+        pair[1](x)
     for (key, a), b in zip(pair[0].named_buffers(), pair[1].buffers(), strict=True):
         if a.is_floating_point():
             check(key, a, b, scale=5)

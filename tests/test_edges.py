@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import normops
 from normops import functional as F
+from normops import nn
 from tests.tolerance import ENGINES, check, engine, laid_out, leaf, oracle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,7 +303,7 @@ def test_inputs_are_left_alone(device: torch.device) -> None:
     assert all(torch.equal(a, b) for a, b in zip((x, pre, post, w), before, strict=True))
 
 
-def test_cpu_without_interpreter_runs_the_reference() -> None:
+def test_cpu_without_interpreter_runs_the_reference(plain: Callable[[str], str]) -> None:
     script = """
 import torch
 from normops import functional as F, launch
@@ -320,12 +320,7 @@ torch.testing.assert_close(F.batch_norm(x, rm, rv, w), torch.nn.functional.batch
 torch.testing.assert_close(F.layer_norm(x, (8,), w), torch.nn.functional.layer_norm(x, (8,), w))
 print("reference")
 """
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    path = os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    env |= {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "reference"
+    assert plain(script) == "reference"
 
 
 @pytest.mark.parametrize("affine", [True, False], ids=["affine", "plain"])
@@ -358,3 +353,61 @@ def test_bfloat16_beside_float64(device: torch.device) -> None:
         check(name, g, e, scale=4)
     check("running_mean", mean, 0.5 * (x.detach() + 5).mean((0, 2, 3)))
     check("running_var", var, 0.5 + 0.5 * x.detach().var((0, 2, 3)))
+
+
+def test_integers_of_numpy(device: torch.device) -> None:
+    """They are integers where PyTorch takes them for such; and a call that came with some serves those without."""
+    x = torch.randn(3, 6, 5, 7, device=device)
+    two, last, three = np.int64(2), np.int32(-1), np.uint8(3)
+    for _ in range(2):
+        assert torch.equal(F.group_norm(x, two), F.group_norm(x, 2))
+        assert torch.equal(F.layer_norm(x, np.int64(7)), F.layer_norm(x, 7))
+        assert torch.equal(F.rms_norm(x, [np.int64(5), np.int64(7)]), F.rms_norm(x, (5, 7)))
+        assert torch.equal(normops.normalize(x, last), normops.normalize(x, -1))
+        assert torch.equal(normops.normalize(x, (last, two)), normops.normalize(x, (-1, 2)))
+        pattern = "n (g c) h w -> n g"
+        assert torch.equal(normops.normalize(x, pattern, g=three), normops.normalize(x, pattern, g=3))
+    assert nn.Normalize(pattern, affine="(g c)", g=three, c=two)(x).shape == x.shape
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_empty_input_without_channels(training: bool, device: torch.device) -> None:
+    """PyTorch takes it, with running statistics or without."""
+    x = torch.empty(0, device=device)
+    for running in ((None, None), (torch.empty(0, device=device), torch.empty(0, device=device))):
+        if training or running[0] is not None:
+            assert F.batch_norm(x, *running, training=training).shape == (0,)
+            assert torch.nn.functional.batch_norm(x, *running, training=training).shape == (0,)
+
+
+def test_layer_norm_2d_is_a_layer_norm() -> None:
+    """What treats norms by their class, or by the names of their attributes, finds it."""
+    norm = nn.LayerNorm2d(6, eps=1e-6, bias=False)
+    assert isinstance(norm, torch.nn.LayerNorm) and norm.normalized_shape == (6,) and norm.num_channels == 6
+    assert norm.elementwise_affine and norm.bias is None and list(norm.state_dict()) == ["weight"]
+    assert not list(nn.LayerNorm2d(6, affine=False).parameters())
+
+
+def test_inference_tensors_without_kernels(plain: Callable[[str], str]) -> None:
+    """Modules and inputs of inference mode serve outside of it, as PyTorch's do, and record nothing."""
+    found = plain("""
+import torch
+from normops import nn
+with torch.inference_mode():
+    x = torch.randn(3, 6, 4, 4)
+    norms = [nn.GroupNorm(2, 6), nn.LayerNorm(4), nn.RMSNorm(4), nn.LayerNorm2d(6), nn.InstanceNorm2d(6, affine=True)]
+    norms += [nn.BatchNorm2d(6).eval()]
+for norm in norms:
+    y = norm(x)
+    assert not y.requires_grad and y.shape == x.shape
+print("nothing recorded")
+""")
+    assert found == "nothing recorded"
+
+
+def test_inference_tensors(device: torch.device) -> None:
+    with torch.inference_mode():
+        x, norm = torch.randn(3, 6, 4, device=device), nn.GroupNorm(2, 6).to(device)
+    assert not norm(x).requires_grad
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
+        norm(torch.randn(3, 6, 4, device=device))

@@ -48,9 +48,16 @@ BAD: dict[str, tuple[Callable[[torch.Tensor], Any], type[Exception], tuple[str, 
     "pre_add elsewhere": (lambda x: F.layer_norm(x, (3,), pre_add=META[:3]), RuntimeError, ("pre_add", "device", "meta")),
     "one running statistic": (lambda x: F.batch_norm(x, x.new_zeros(6), None, training=True), RuntimeError, ("running_mean", "running_var", "both")),
     "no running statistics in eval": (lambda x: F.batch_norm(x, None, None), RuntimeError, ("running_mean", "training=False")),
-    "unknown activation": (lambda x: F.group_norm(x, 2, activation="swish"), ValueError, ("activation", "'swish'", "silu")),
+    "unknown activation": (lambda x: F.group_norm(x, 2, activation="swich"), ValueError, ("activation", "'swich'", "silu")),
     "pre_add does not broadcast": (lambda x: F.group_norm(x, 2, pre_add=x.new_ones(5, 1, 1)), RuntimeError, ("pre_add", "(2, 6, 3, 3)", "(5, 1, 1)")),
     "post_add is larger": (lambda x: F.layer_norm(x, (3,), post_add=x.new_ones(1, 2, 6, 3, 3)), RuntimeError, ("post_add", "(2, 6, 3, 3)", "(1, 2, 6, 3, 3)")),
+    "pattern without affine": (lambda x: normops.normalize(x, "n c h w -> c", x.new_ones(3)), ValueError, ("'n c h w -> c'", "affine", "None")),
+    "bias in the place of eps": (lambda x: F.rms_norm(x, (3,), x.new_ones(3), x.new_ones(3)), TypeError, ("rms_norm", "eps", "float", "(3,)")),
+    "groups are no int": (lambda x: F.group_norm(x, 2.0), TypeError, ("num_groups", "int", "2.0")),
+    "normalized_shape is no int": (lambda x: F.layer_norm(x, (3.0,)), TypeError, ("normalized_shape", "int", "3.0")),
+    "length is no int": (lambda x: normops.normalize(x, "n (g c) h w -> n g", g="2"), TypeError, ("g", "int", "'2'")),
+    "misspelt, with a pattern": (lambda x: normops.normalize(x, "n c h w -> n", esp=1e-5), ValueError, ("esp=1e-05", "did you mean eps")),
+    "misspelt, with axes": (lambda x: normops.normalize(x, 1, activaton="relu"), TypeError, ("'activaton'", "did you mean activation")),
     "batch rank": (lambda x: F.batch_norm(x[0, 0, 0], None, None, training=True), RuntimeError, ("input", "2 axes", "(3,)")),
 }  # fmt: skip
 
@@ -91,7 +98,7 @@ def test_type_is_torch_s(ours: Any, theirs: Any) -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "instance"])
 @pytest.mark.parametrize("bad", [
-    {"weight": torch.ones(5)}, {"bias": torch.ones(5)}, {"activation": "swish"}, {"pre_add": torch.ones(5, 1, 1)},
+    {"weight": torch.ones(5)}, {"bias": torch.ones(5)}, {"activation": "swich"}, {"pre_add": torch.ones(5, 1, 1)},
     {"post_add": torch.ones(7)}, {"weight": META}, {"momentum": None}, {"small": True}, {"integer": True},
 ], ids=lambda d: next(iter(d)))  # fmt: skip
 def test_running_statistics_are_untouched(norm: str, bad: dict[str, Any], device: torch.device) -> None:
@@ -127,8 +134,10 @@ def test_module_leaves_no_trace(device: torch.device) -> None:
 
 
 def test_module_arguments() -> None:
-    with pytest.raises(ValueError, match="unknown activation 'swish'"):
-        normops.nn.GroupNorm(2, 6, activation="swish")
+    with pytest.raises(ValueError, match="unknown activation 'swich'"):
+        normops.nn.GroupNorm(2, 6, activation="swich")
+    with pytest.raises(ValueError, match=r"unknown activation LeakyReLU\(negative_slope=0.2\)"):
+        normops.nn.GroupNorm(2, 6, activation=torch.nn.LeakyReLU(0.2))
     with pytest.raises(ValueError, match=r"num_channels \(6\) must be divisible by num_groups \(4\)"):
         normops.nn.GroupNorm(4, 6)
     with pytest.raises(ValueError, match="needs the lengths"):

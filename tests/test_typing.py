@@ -57,7 +57,8 @@ assert_type(F.group_norm(x, 2, pre_add=x), pair)
 maybe: Tensor | None = w if torch.is_grad_enabled() else None
 assert_type(F.layer_norm(x, (4,), maybe, maybe, pre_add=maybe), Tensor | pair)
 
-assert_type(nn.BatchNorm1d(4)(x), Tensor)
+assert_type(F.group_norm(x, 2, activation=torch.relu), Tensor)
+assert_type(nn.BatchNorm1d(4, activation=nn.SiLU())(x), Tensor)
 assert_type(nn.InstanceNorm1d(4)(x, post_add=x), Tensor)
 assert_type(nn.GroupNorm(2, 4)(x, pre_add=x), pair)
 assert_type(nn.LayerNorm(4)(input=x), Tensor)
@@ -71,7 +72,7 @@ torch_module: torch.nn.LayerNorm = nn.LayerNorm(4)
 F.layer_norm(x, (4,), actvation="relu")  # type: ignore[call-overload]
 F.rms_norm(x, 4, w, "1e-6")  # type: ignore[call-overload]
 normops.normalize([1.0], 0)  # type: ignore[call-overload]
-nn.LayerNorm(4, activation=torch.relu)  # type: ignore[arg-type]
+nn.LayerNorm(4, activation=1)  # type: ignore[arg-type]
 nn.GroupNorm(2, 4)(x, pre_add=1.0)  # type: ignore[call-overload]
 nn.LayerNorm2d("4")  # type: ignore[arg-type]
 """
