@@ -146,18 +146,14 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
         if counter is not None and self.momentum is None:  # cumulative average; a graph holds no number of a tensor
             momentum = 1.0 / ((counter.double() if torch.compiler.is_compiling() else float(counter)) + 1.0)
         used = not self.training or tracking
+        result = F.batch_norm(
+            input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
+            self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
+            **self._extras(pre_add, post_add),
+        )  # fmt: skip
         if counter is not None:
-            counter.add_(1)  # before the call: a checkpoint computes it again only as far as it needs tensors
-        try:
-            return F.batch_norm(
-                input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
-                self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
-                **self._extras(pre_add, post_add),
-            )  # fmt: skip
-        except (IndexError, RuntimeError, TypeError, ValueError):  # no trace of a call that was refused
-            if counter is not None:
-                counter.sub_(1)
-            raise
+            counter.add_(1)  # not of a call that was refused
+        return result
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):

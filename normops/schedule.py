@@ -267,17 +267,18 @@ def stream(layout: Layout, itemsize: int, acc_bytes: int, elements: int, per_war
 
 def plane_tile(layout: Layout, itemsize: int, acc_bytes: int, streams: int) -> Tile | None:
     """A tile of several planes (they are a, see Layout.of_planes()): pieces of a line of memory or more that a plane
-    divides into, up to 64 elements a thread and 256 bytes of all streams; None where it divides into no such pieces, or
-    is one itself."""
+    divides into, as large as 64 elements a thread and 256 bytes of all streams allow; None where it divides into no
+    such pieces, or is one itself."""
     n = layout.extent("s")
-    s = min(n & -n, 2048)
-    if s * itemsize < 128 or s == n:
+    most = min(8192, 32768 // (streams * itemsize)) * 4 // acc_bytes
+    if n == min(n & -n, 2048):
         return None
-    pieces = max(p for p in range(1, 15) if n // s % p == 0)
-    a = 1
-    while 2 * a * s * pieces <= min(8192, 32768 // (streams * itemsize)) * 4 // acc_bytes:
-        a *= 2
-    return Tile(False, 1, a, s, 4, pieces=pieces)
+    tiles = [
+        Tile(False, 1, 1 << (most // (s * pieces)).bit_length() - 1, s, 4, pieces=pieces)
+        for s in (2048, 1024, 512, 256, 128, 64, 32, 16) if n % s == 0 and s * itemsize >= 128
+        for pieces in range(1, 15) if n // s % pieces == 0 and s * pieces <= most
+    ]  # fmt: skip
+    return max(tiles, key=lambda tile: (tile.length, tile.s), default=None)
 
 
 def column_tile(layout: Layout, itemsize: int, device: Device) -> Tile:
