@@ -221,12 +221,12 @@ def stages(subject: Subject) -> tuple[str, dict[str, Callable[[], Any]]]:
     """The engine that runs, and inner functions of a call of normops, each with the arguments that it had there."""
     launched = launch.Step.launch
     call: dict[str, tuple[Any, ...]] = {}
-    with caught(calls, "find", call), caught(autograd, "apply", call), caught(launch.Call, "forward", call):
+    with caught(calls, "find", call), caught(autograd, "apply", call), caught(calls.Call, "forward", call):
         with caught(launch.Step, "launch", call):
             y = subject.call()
         forward_launch = call["launch"][1]
         y = y if isinstance(y, tuple) else (y,)
-        with caught(launch.Call, "backward", call), caught(launch.Step, "launch", call):
+        with caught(calls.Call, "backward", call), caught(launch.Step, "launch", call):
             torch.autograd.grad(y, subject.leaves, [torch.empty_like(t) for t in y])
     inner = {name: partial(original, *args, **named) for name, (original, args, named) in call.items()}
     return forward_launch[0].plan.engine, {
@@ -380,7 +380,7 @@ def show(result: dict[str, Any]) -> None:
 
 def host(out: Path, blocks: int = 15, calls: int = 100) -> bool:
     """Measure, print, write host.json.  In a process of its own where this one interprets kernels."""
-    if launch.INTERPRETED:
+    if calls.INTERPRETED:
         command = [sys.executable, "-m", "bench", "host", "--out", str(out), "--blocks", str(blocks)]
         environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": str(console.width)}
         return subprocess.run([*command, "--calls", str(calls)], env=environment).returncode == 0

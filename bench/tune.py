@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from normops import launch
+from normops import calls
 from normops.gpus import H200
 from normops.schedule import Limits
 
@@ -132,7 +132,7 @@ def measured(given: argparse.Namespace) -> Content:
     """The run on the GPU that is there."""
     limits = Limits()
     head = records.head(Shell(), given.commit) | {"kind": KIND, "schema": SCHEMA, "method": timing.__doc__}
-    device = launch.device_facts(torch.device("cuda", torch.cuda.current_device()))
+    device = calls.device_facts(torch.device("cuda", torch.cuda.current_device()))
     present = asdict(limits) | {"window": window(limits, device)}
     path, content = claim(given.out, head | {"limits": present, "facts": asdict(device)})
     asked = set(filter(None, given.ask.split(",")))

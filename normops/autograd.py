@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
 from . import traced
-from .launch import Call
+from .calls import Call
 
 
 class Normalize(torch.autograd.Function):

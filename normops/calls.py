@@ -1,31 +1,276 @@
-"""What a call means, and the Call that it makes: checked and planned when it comes first, looked up ever after.
+"""What shapes, strides and dtypes decide about a call: checked and planned when it comes first, looked up ever after.
 
-A rule takes the operands and the arguments of a call and returns its norm; it raises PyTorch's kind of error, naming
-the argument, its value and what was expected.
+The only file that allocates; what is launched is decided in ``plan``, thresholds live in ``schedule``.  Kernels and
+Triton are imported when a call needs them: tensors of a CPU need neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
-from math import prod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from importlib.util import find_spec
 from operator import attrgetter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import activations, launch, schedule
+from . import schedule
 from .activations import Activation
-from .launch import Call
-from .norm import OPTIONS, Norm, Operands, parse, whole
-from .plan import DTYPES
+from .gpus import H200, Device
+from .layout import follows, split
+from .norm import Needs, Norm, Operands, accumulator, laid_out, placed
+from .rules import Rule, norm_of
 
-Rule = Callable[..., Norm]
+if TYPE_CHECKING:
+    from .launch import Step
+
+Strides = tuple[int, ...]
+
+KNOWN = 4096
+"""Calls that are remembered; one more, and all are forgotten."""
+
+
+TRITON = find_spec("triton") is not None
+"""There is none for some systems, where CPU tensors are all there is."""
+
+
+def _interpreted() -> bool:
+    if not TRITON:
+        return False
+    from .compiled import INTERPRETED
+
+    return INTERPRETED
+
+
+INTERPRETED = _interpreted()
+_IN_INTERPRETER = replace(H200, ptx=False)
+_stand_in: Device | None = None
+"""The device that CPU tensors are planned for and compiled for, see :func:`standing_in`."""
+
+
+@lru_cache(maxsize=64)
+def _properties(device: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(device)
+    shared = 0 if torch.version.hip else properties.L2_cache_size  # AMD's dies have an L2 each
+    capability = (properties.major, properties.minor)
+    return Device(properties.name, properties.multi_processor_count, capability, shared, not torch.version.hip)
+
+
+def device_facts(device: torch.device) -> Device:
+    return _properties(device) if device.type == "cuda" else _stand_in or _IN_INTERPRETER
+
+
+def uses_kernels(x: Tensor) -> bool:
+    """CUDA tensors run the Triton kernels, CPU tensors only in Triton's interpreter (or where they stand in).
+
+    ModuleNotFoundError for CUDA tensors where there is no Triton."""
+    if x.device.type == "cuda" and not TRITON:
+        raise ModuleNotFoundError("normops runs CUDA tensors with Triton: expected the package triton", name="triton")
+    return x.device.type == "cuda" or (x.device.type == "cpu" and (INTERPRETED or _stand_in is not None))
+
+
+@contextmanager
+def standing_in(device: Device) -> Iterator[None]:
+    """CPU tensors take the way of tensors on this device; a driver of Triton's must be there to compile and launch."""
+    global _stand_in
+    before, _stand_in = _stand_in, device
+    known.clear()  # they hold plans for, and kernels of, the device before
+    try:
+        yield
+    finally:
+        _stand_in = before
+        known.clear()
+
+
+class Call:
+    """What shapes, strides and dtypes decide about a call: made once, looked up ever after."""
+
+    def __init__(self, norm: Norm, operands: Operands, out_dtype: torch.dtype | None) -> None:
+        laid = laid_out(norm, operands)
+        x, weight, bias, pre_add, post_add, running_mean, _ = laid
+        self.norm = norm
+        self.ready = all(a is b for a, b in zip(operands, laid, strict=True))
+        """Whether operands come as kernels take them, see :func:`laid_out`."""
+        self.kernels = x.numel() > 0 and uses_kernels(x)
+        self.shape = x.shape
+        self.order = torch.empty_like(x, device="meta").stride()
+        """Strides of y."""
+        self.plain = norm.activation == "identity"
+        self.tracks = running_mean is not None and not norm.given and running_mean.shape == norm.kept_shape
+        """Whether kernels move running statistics: those of BatchNorm."""
+        self.dtypes = tuple(None if t is None else t.dtype for t in (x, pre_add, post_add))
+        self.sum_dtype = x.dtype if pre_add is None else torch.result_type(x, pre_add)
+        self.acc = accumulator(x.dtype, self.sum_dtype)
+        self.weights = None if weight is None and bias is None else norm.weight_strides
+        self.facts = schedule.limits(), device_facts(x.device)
+        self.x, self.pre, self.post = (None if t is None else t.stride() for t in (x, pre_add, post_add))
+        self.itemsize = x.dtype.itemsize
+        self.copied = not all(self._follows(s) for s in (self.x, self.pre, self.post))
+        self.out_dtype = None if out_dtype == x.dtype else out_dtype
+        """The dtype of y, where it is not x's."""
+        self.eager: Step | None = None
+        """The step of a forward that leaves "saved", once it was planned: of almost every call."""
+        self._forward: dict[Any, Step] = {}
+        self._backward: dict[Any, Step] = {}
+
+        starts, elements = placed(norm.statistics)
+        self.rstd_at = starts["rstd"]
+        self.empty = torch.empty(1, dtype=self.acc, device=x.device)
+        self.saved = self.empty.expand(elements)
+        """What statistics are saved in has this form: empty_like asks the host for less than empty does."""
+        self.kept_shape, self.kept_strides = norm.kept_shape, norm.kept_strides(self.order)
+
+    def _follows(self, strides: Strides | None) -> bool:
+        return strides is None or strides == self.order or follows(strides, self.order, self.shape)
+
+    def restrided(
+        self, total: Tensor, w: Tensor | None, b: Tensor | None, post: Tensor | None, saved: Tensor
+    ) -> bool:
+        """Whether a hook on saved tensors gave back one that lies in memory otherwise than the one it was given."""
+        return not (
+            total.stride() == (self.x if self.pre is None else self.order)
+            and (w is None or w.is_contiguous()) and (b is None or b.is_contiguous()) and saved.is_contiguous()
+            and (post is None or post.stride() == self.post)
+        )  # fmt: skip
+
+    def _operand(self, strides: Strides | None) -> Strides | None:
+        """Strides in the split shape, of the copy where one is made."""
+        return None if strides is None else split(strides if self._follows(strides) else self.order, self.norm.factors)
+
+    def statistic(self, like: Tensor) -> Tensor:
+        """Room for mean or rstd of its own, in the order in which kernels write it."""
+        return torch.empty_strided(self.kept_shape, self.kept_strides, dtype=self.acc, device=like.device)
+
+    def statistics(self, saved: Tensor) -> tuple[Tensor | None, Tensor]:
+        """mean (None for RMS) and rstd that a forward left in `saved`."""
+        mean = saved.as_strided(self.kept_shape, self.kept_strides) if self.norm.center else None
+        return mean, saved[self.rstd_at :].as_strided(self.kept_shape, self.kept_strides)
+
+    def _step_forward(self, saved: bool, apart: bool) -> Step:
+        """`saved`: mean and rstd are, or come, in one tensor; `apart`: in two.  Else they come as mean and var."""
+        step = self._forward.get((saved, apart))
+        if step is None:
+            from .launch import FORWARD, Step
+            from .plan_forward import plan_forward
+            from .views import Shapes
+
+            given = self.norm.given
+            summed = self.pre is not None and not given
+            total = self._operand(self.order) if self.pre is not None else None
+            shapes = Shapes(split(self.order, self.norm.factors), (
+                ("X", total if self.pre is not None and given else self._operand(self.x)),
+                ("PRE", self._operand(self.pre) if summed else None), ("SUM", total if summed else None),
+                ("W", self.weights), ("POST", self._operand(self.post)), ("Y", self._operand(self.order)),
+            ))  # fmt: skip
+            form = "" if not given else "rstd" if saved or apart else "var"
+            plan = plan_forward(self.norm, shapes, self.itemsize, self.acc, form, *self.facts)
+            step = self._forward[saved, apart] = Step(plan, FORWARD, self.norm.statistics if saved else (), self.empty)
+            if saved:
+                self.eager = step
+        return step
+
+    def _step_backward(self, needs: Needs, dy: Tensor, dsum: Tensor | None, apart: bool) -> Step:
+        key = (needs, dy.stride(), dy.dtype, None if dsum is None else (dsum.stride(), dsum.dtype), apart)
+        step = self._backward.get(key)
+        if step is None:
+            from .launch import BACKWARD, Step
+            from .plan_backward import plan_backward
+            from .views import Shapes
+
+            order = self._operand(self.order)
+            assert order is not None
+            shapes = Shapes(order, (
+                ("X", order if self.pre is not None else self._operand(self.x)), ("DY", self._operand(dy.stride())),
+                ("W", self.weights), ("POST", None if self.plain else self._operand(self.post)),
+                ("DSUM", None if dsum is None else self._operand(dsum.stride())),
+                ("DX", order if needs[0] else None), ("DPOST", order if needs[3] else None),
+            ))  # fmt: skip
+            itemsize, given = self.sum_dtype.itemsize, self.norm.given
+            plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, *self.facts)
+            step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics, self.empty)
+        return step
+
+    def forward(
+        self, operands: Operands, eps: float, momentum: float = 0.0, keep: bool = False,
+        apart: tuple[Tensor | None, Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Any]:  # fmt: skip
+        """-> y, x + pre_add (None without), saved: mean and rstd, ``norm.statistics`` one after the other.
+
+        Given statistics are put into saved only to `keep` them for a backward.  `apart`: mean and rstd, each a tensor
+        as of `statistic`, to write to, or given; nothing is saved then.
+        """
+        x, w, b, pre, post, running_mean, running_var = operands
+        y = torch.empty_like(x) if self.out_dtype is None else torch.empty_like(x, dtype=self.out_dtype)
+        source, total = x, None
+        if pre is not None:
+            total = torch.empty_like(x, dtype=self.sum_dtype)
+            if self.norm.given:
+                source, pre = torch.add(x.detach(), pre.detach(), out=total), None
+        if self.copied:
+            source, pre, post = _aligned(source, y), _aligned(pre, y), _aligned(post, y)  # type: ignore[assignment]
+        mean = rstd = var = saved = None
+        if apart is not None:
+            mean, rstd = apart
+        elif keep or not self.norm.given:
+            saved = torch.empty_like(self.saved)
+        if self.norm.given and apart is None:
+            mean, var = running_mean.contiguous(), running_var.contiguous()  # type: ignore[union-attr]
+            if saved is not None:  # a copy: running statistics may move on before the backward
+                saved[: mean.numel()].copy_(mean)
+                torch.rsqrt(var.to(self.acc) + eps, out=saved[self.rstd_at :][: mean.numel()])
+                mean = var = None
+        if not self.tracks:
+            running_mean = running_var = None
+        step = self.eager if saved is not None else None
+        if step is None:
+            step = self._step_forward(saved is not None, apart is not None)
+        step.launch(
+            (source, pre, None if pre is None else total, w, b, post, y, mean, rstd, var, running_mean, running_var,
+             saved, *step.workspace(x)), (eps, momentum), x.get_device(),
+        )  # fmt: skip
+        return y, total, saved
+
+    def backward(
+        self, kept: tuple[Any, ...], dy: Tensor, dsum: Tensor | None, needs: Needs,
+        apart: tuple[Tensor | None, Tensor] | None = None,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        """-> dx, dw, db, dpost, each None where not needed.
+
+        kept: what was normalised, weight, bias, post_add, saved; mean and rstd come in the last, or `apart`."""
+        x, w, b, post, saved = kept
+        step = self._step_backward(needs, dy, dsum, apart is not None)
+        need_dx, need_dw, need_db, need_dpost = needs
+        dx = torch.empty_like(x) if need_dx else None
+        dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
+        dw = torch.empty_like(w) if need_dw and w is not None else None
+        db = torch.empty_like(b) if need_db and b is not None else None
+        if self.copied or not (dy.stride() == self.order and dsum is None):
+            like = dx if dx is not None else torch.empty_like(x)
+            x, dy, dsum, post = (_aligned(t, like) for t in (x, dy, dsum, post))  # type: ignore[assignment]
+        mean, rstd = apart or (None, None)
+        step.launch(
+            (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x)), (),
+            x.get_device(),
+        )  # fmt: skip
+        return dx, dw, db, dpost
+
+
+def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
+    """t itself, or a copy in like's memory format where t walks memory in another order (or overlaps itself)."""
+    if t is None or t.stride() == like.stride() or follows(t.stride(), like.stride(), like.shape):
+        return t
+    return torch.empty_like(like, dtype=t.dtype).copy_(t.detach())
+
+
+known: dict[Any, Call] = {}
+"""Calls by all that decides them, ``schedule.limits()`` among it."""
 
 # Where an operand is: a number is hashed faster than a device.  It does not tell the meta device from a CPU, which
 # matters where PyTorch's own checks do not see what is read: in the interpreter.
-_place = attrgetter("device") if launch.INTERPRETED else Tensor.get_device
+_place = attrgetter("device") if INTERPRETED else Tensor.get_device
 
 PLAIN = {Tensor, torch.nn.Parameter, torch.nn.Buffer}
 """Types whose memory kernels may be given; others (fake, distributed, wrapped tensors) mean something else by it, and
@@ -44,7 +289,7 @@ def find(
             *[t if t is None else (t.shape, t.stride(), t.dtype, _place(t), t.__class__, t.is_neg()) for t in operands],
             operands.running_mean is not None and any(t.requires_grad for t in operands[5:] if t is not None),
         )  # fmt: skip
-        found = launch.calls.get(key)
+        found = known.get(key)
         if found is not None:
             return found
     except (AttributeError, TypeError):  # not a tensor, or nothing to hash: the checks say what it is
@@ -53,215 +298,7 @@ def find(
         return None
     call = Call(norm_of(operands, rule, arguments, activation, out_dtype), operands, out_dtype)
     if key is not None:
-        if len(launch.calls) >= launch.CALLS:
-            launch.calls.clear()
-        launch.calls[key] = call
+        if len(known) >= KNOWN:
+            known.clear()
+        known[key] = call
     return call
-
-
-def norm_of(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Activation, out_dtype: torch.dtype | None
-) -> Norm:
-    """What a call means, once everything about it was found right."""
-    _tensors(operands)
-    norm = rule(operands, *arguments)._replace(activation=activations.check(activation))
-    dtype(out_dtype)
-    for name in ("pre_add", "post_add"):
-        t = getattr(operands, name)
-        if t is not None and t.shape != operands.x.shape:
-            try:
-                t.expand(operands.x.shape)
-            except RuntimeError:
-                raise RuntimeError(
-                    f"{name} must broadcast to the shape of x, {tuple(operands.x.shape)}, got shape {tuple(t.shape)}"
-                ) from None
-    return norm if operands.weight is not None or operands.bias is not None else norm._replace(affine=())
-
-
-def dtype(out_dtype: torch.dtype | None) -> None:
-    """The dtype of y is one that kernels write."""
-    if out_dtype is not None and out_dtype not in DTYPES:
-        raise TypeError(f"out_dtype must be None, float16, bfloat16, float32 or float64, got {out_dtype!r}")
-
-
-def _tensors(o: Operands) -> None:
-    """Every operand is a tensor of a known dtype, on the device of x."""
-    for name, t in zip(o._fields, o, strict=True):
-        if t is None and name != "x":
-            continue
-        if not isinstance(t, Tensor):
-            expected = "a Tensor" if name == "x" else "a Tensor or None"
-            raise TypeError(f"{name} must be {expected}, got {type(t).__name__}")
-        if t.dtype not in DTYPES:
-            raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {t.dtype}")
-        if t.device != o.x.device:
-            raise RuntimeError(f"expected {name} on the device of x, {o.x.device}, got {t.device}")
-
-
-def _named(o: Operands, pattern: str, affine: str, refusal: str, **lengths: int) -> Norm:
-    """The norm of a pattern.  Where x does not fit it a RuntimeError, as of PyTorch: the refusal, with x's shape."""
-    try:
-        norm = parse(pattern, o.x.shape, affine, lengths)
-    except ValueError:
-        raise RuntimeError(refusal.format(shape=tuple(o.x.shape), size=list(o.x.shape))) from None
-    return _parameters(norm, o)
-
-
-def _parameters(norm: Norm, o: Operands, reason: str = "") -> Norm:
-    """The norm, once one-valued operands have the shape that it gives them."""
-    for name in ("running_mean", "running_var", "weight", "bias"):
-        t = getattr(o, name)
-        if t is not None and tuple(t.shape) != norm.affine_shape:
-            raise RuntimeError(
-                f"{name} must have shape {norm.affine_shape} for x of shape {tuple(o.x.shape)}{reason}, got "
-                f"{tuple(t.shape)}"
-            )
-    return norm
-
-
-_NOTHING = Norm(((0,),), (0,), ())
-
-
-def _channels(name: str, o: Operands, pattern: str) -> Norm:
-    """Of the norms that may keep running statistics, one for each channel."""
-    if (o.running_mean is None) != (o.running_var is None):
-        raise RuntimeError(f"{name}: running_mean and running_var must be both given or both None")
-    return _named(o, pattern, "c", name + ": input must have at least 2 axes (N, C, *), got shape {shape}")
-
-
-def batch_norm(o: Operands, training: bool) -> Norm:
-    if o.x.shape == (0,) and o.weight is None and o.bias is None:
-        return _NOTHING  # of no channels, as PyTorch takes it
-    norm = _channels("batch_norm", o, "n c ... -> c")
-    if not training:
-        if o.running_mean is None:
-            raise RuntimeError("batch_norm: expected running_mean and running_var to be defined when training=False")
-        return norm._replace(given=True)
-    if o.x.numel() and o.x.numel() == o.x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {o.x.shape}")
-    for name in ("running_mean", "running_var"):
-        t = getattr(o, name)
-        if t is not None and not t.is_contiguous():
-            raise RuntimeError(f"{name} must be contiguous, for it is updated in place; got strides {t.stride()}")
-        if t is not None and t.requires_grad:
-            raise RuntimeError(f"{name} is updated in place and must not require grad")
-    return norm
-
-
-def instance_norm(o: Operands, use_input_stats: bool) -> Norm:
-    if not use_input_stats:
-        if o.running_mean is None:
-            raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
-        return batch_norm(o, False)
-    norm = _channels("instance_norm", o, "n c ... -> n c")
-    if prod(o.x.shape[2:]) == 1:
-        raise ValueError(f"Expected more than 1 spatial element when training, got input size {o.x.shape}")
-    return norm
-
-
-def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
-    shape = normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,)
-    shape = tuple(whole(n, "normalized_shape") for n in shape)
-    if not shape:
-        raise RuntimeError(f"normalized_shape must name at least one axis, got {shape}")
-    lengths = {f"d{i}": n for i, n in enumerate(shape)}
-    refusal = f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
-    names = " ".join(lengths)
-    return _named(o, f"... {names} -> ...", names, refusal + "but got input of size {size}", **lengths)
-
-
-def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
-    return layer_norm(o, normalized_shape)._replace(center=False)
-
-
-def group_norm(o: Operands, num_groups: int) -> Norm:
-    num_groups = whole(num_groups, "num_groups")
-    if num_groups <= 0:
-        raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
-    refusal = "Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got "
-    refusal += f"input of shape {{size}} and num_groups={num_groups}"
-    norm = _named(o, "n (g c) ... -> n g", "(g c)", refusal, g=num_groups)
-    if o.x.numel() and o.x.numel() == num_groups:
-        raise ValueError(
-            f"Expected more than 1 value per channel when training, got input size {o.x.shape} and "
-            f"num_groups={num_groups}"
-        )
-    return norm
-
-
-def normalize(
-    o: Operands, axes: int | Sequence[int] | str, affine: str | None, center: bool, lengths: tuple[tuple[str, int], ...]
-) -> Norm:
-    if isinstance(axes, str):
-        norm = parse(axes, o.x.shape, affine, dict(lengths))._replace(center=center)
-        if affine is None and (o.weight is not None or o.bias is not None):
-            raise ValueError(f"pattern {axes!r}: weight and bias need affine, the axes they vary along, got None")
-        return norm if affine is None else _parameters(norm, o, f" and affine={affine!r}")
-    if lengths or affine is not None:
-        extra = "affine" if affine is not None else lengths[0][0]
-        near = get_close_matches(extra, OPTIONS, 1)
-        hint = f"; did you mean {near[0]}?" if near and near[0] != extra else ""
-        raise TypeError(f"normalize() got {extra!r}, which goes with a pattern, but axes = {axes!r}{hint}")
-    rank = o.x.dim()
-    if rank == 0:
-        raise RuntimeError("x must have at least one axis, got a tensor of rank 0")
-    reduced = _reduced(axes, rank)
-    kept = tuple((i,) for i in range(rank) if i not in reduced)
-    return _broadcast(Norm(tuple((n,) for n in o.x.shape), reduced, (), center, kept=kept), o)
-
-
-def _reduced(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    axes = tuple(whole(axis, "axes") for axis in (axes if isinstance(axes, Iterable) else (axes,)))
-    if not axes:
-        raise ValueError("axes must name at least one axis, got ()")
-    for axis in axes:
-        if not -rank <= axis < rank:
-            raise IndexError(f"axes out of range: expected each in [{-rank}, {rank - 1}], got {axis}")
-    found = tuple(axis % rank for axis in axes)
-    if len(set(found)) != len(found):
-        raise RuntimeError(f"axes must be distinct, got {axes} for a tensor of rank {rank}")
-    return tuple(sorted(found))
-
-
-def _broadcast(norm: Norm, o: Operands) -> Norm:
-    """The norm with parameters that broadcast against x, in the shape that both come to."""
-    union = [1] * o.x.dim()
-    for name, t in (("weight", o.weight), ("bias", o.bias)):
-        if t is None:
-            continue
-        padded = (1,) * (o.x.dim() - t.dim()) + tuple(t.shape)
-        if len(padded) != o.x.dim() or any(s != 1 and s != n for s, n in zip(padded, o.x.shape, strict=True)):
-            raise RuntimeError(
-                f"{name} must broadcast against x of shape {tuple(o.x.shape)}, got shape {tuple(t.shape)}"
-            )
-        union = [b if a == 1 else a for a, b in zip(union, padded, strict=True)]
-    varying: list[int] = []
-    i = 0
-    for size, factors in zip(union, norm.factors, strict=True):
-        if size != 1:
-            varying.extend(range(i, i + len(factors)))
-        i += len(factors)
-    return norm._replace(affine=tuple(varying), affine_shape=tuple(union))
-
-
-def written(
-    o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None, center: bool, given: bool
-) -> Norm:
-    """Of a registered operator: parameters and statistics need only have that many elements, pre_add and post_add x's
-    shape."""
-    norm = parse(pattern, o.x.shape, affine, lengths)
-    sizes = norm.shape
-    elements = {"weight": prod(sizes[i] for i in norm.affine), "mean": prod(norm.kept_shape)}
-    elements |= {"bias": elements["weight"], "var": elements["mean"]}
-    for name, t in zip(o._fields, o, strict=True):
-        name = name.removeprefix("running_")
-        if t is None or name == "x":
-            continue
-        if name in elements and t.numel() != elements[name]:
-            raise RuntimeError(
-                f"{name} must have {elements[name]} elements for {pattern!r}, affine {affine!r} and x of shape "
-                f"{tuple(o.x.shape)}, got shape {tuple(t.shape)}"
-            )
-        if name not in elements and t.shape != o.x.shape:
-            raise RuntimeError(f"{name} must have the shape of x, {tuple(o.x.shape)}, got {tuple(t.shape)}")
-    return norm._replace(center=center, given=given, affine_shape=None)

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, autograd, calls, reference, traced
+from . import activations, autograd, calls, reference, rules, traced
 from .activations import Activation
-from .calls import Rule
-from .norm import Norm, Operands, laid_out
-from .plan import accumulator
+from .norm import Norm, Operands, accumulator, laid_out
+from .rules import Rule
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
 
@@ -42,7 +41,7 @@ def _run(
 ) -> Any:  # fmt: skip
     """-> y, or (y, sum) with pre_add, followed by mean and rstd with return_stats.  Every norm goes through here.
 
-    `rule` (of normops.calls) says what the call means, given the operands and the arguments.  Running statistics
+    `rule` (of normops.rules) says what the call means, given the operands and the arguments.  Running statistics
     stand in for those of x where it says so, and move towards them elsewhere.
     """
     if has_torch_function_variadic(*operands):
@@ -50,7 +49,7 @@ def _run(
     if activation is not None and activation.__class__ is not str:
         activation = activations.check(activation)
     call = None if traced.watched() else calls.find(operands, rule, arguments, activation, out_dtype)
-    norm = calls.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
+    norm = rules.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
     if eps is None:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
@@ -194,7 +193,7 @@ def normalize(
     key = tuple(axes) if isinstance(axes, list) else axes
     operands = Operands(x, weight, bias, pre_add, post_add)
     arguments = (key, affine, center, tuple(lengths.items()))
-    return _run(operands, calls.normalize, arguments, eps, activation, out_dtype, None, return_stats)
+    return _run(operands, rules.normalize, arguments, eps, activation, out_dtype, None, return_stats)
 
 
 @overload
@@ -230,7 +229,7 @@ def batch_norm(
     (tensor([0.1000, 0.1000, 0.1000]), tensor([0.9000, 0.9000, 0.9000]))
     """
     operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
-    return _run(operands, calls.batch_norm, (training,), eps, activation, out_dtype, momentum)
+    return _run(operands, rules.batch_norm, (training,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -266,7 +265,7 @@ def instance_norm(
     True
     """
     operands = Operands(input, weight, bias, pre_add, post_add, running_mean, running_var)
-    return _run(operands, calls.instance_norm, (use_input_stats,), eps, activation, out_dtype, momentum)
+    return _run(operands, rules.instance_norm, (use_input_stats,), eps, activation, out_dtype, momentum)
 
 
 @overload
@@ -298,7 +297,7 @@ def layer_norm(
     """
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
     operands = Operands(input, weight, bias, pre_add, post_add)
-    return _run(operands, calls.layer_norm, (shape,), eps, activation, out_dtype)
+    return _run(operands, rules.layer_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -328,7 +327,7 @@ def rms_norm(
     """
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
     operands = Operands(input, weight, None, pre_add, post_add)
-    return _run(operands, calls.rms_norm, (shape,), eps, activation, out_dtype)
+    return _run(operands, rules.rms_norm, (shape,), eps, activation, out_dtype)
 
 
 @overload
@@ -358,4 +357,4 @@ def group_norm(
     torch.Size([2, 6, 4])
     """
     operands = Operands(input, weight, bias, pre_add, post_add)
-    return _run(operands, calls.group_norm, (num_groups,), eps, activation, out_dtype)
+    return _run(operands, rules.group_norm, (num_groups,), eps, activation, out_dtype)

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules import batchnorm, instancenorm
 
-from . import activations, calls
+from . import activations, rules
 from . import functional as F
 from .activations import Activation
 from .norm import affine_shape
@@ -66,7 +66,7 @@ class _Fused(torch.nn.Module):
         self, *args: Any, activation: Activation = None, out_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         name = None if activation is None else activations.check(activation)
-        calls.dtype(out_dtype)
+        rules.dtype(out_dtype)
         super().__init__(*args, **kwargs)
         self.activation, self.out_dtype = name, out_dtype
 

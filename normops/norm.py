@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from .layout import split
+from .layout import dense_strides, split
 
 ELLIPSIS = "..."
 OPTIONS = ("affine", "eps", "center", "activation", "pre_add", "post_add", "return_stats", "out_dtype", "bias")
@@ -25,6 +25,27 @@ OPTIONS = ("affine", "eps", "center", "activation", "pre_add", "post_add", "retu
 _TOKEN = re.compile(r"\([^()]*\)|\.\.\.|[^\s().]+|[().]")
 Sizes = tuple[int, ...]
 Groups = tuple[tuple[str, ...], ...]
+Needs = tuple[bool, bool, bool, bool]
+"""Which of dx, dw, db and dpost are wanted."""
+
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+PIECE = 32
+"""Pieces of a workspace start at multiples of this many elements: aligned alike, whatever the shape."""
+
+
+def accumulator(*dtypes: torch.dtype) -> torch.dtype:
+    """The type of statistics and sums: fp32, or fp64 for fp64."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def placed(pieces: tuple[tuple[str, int], ...]) -> tuple[dict[str, int], int]:
+    """Where each piece of a workspace starts, and the elements of all of them."""
+    starts, end = {}, 0
+    for name, elements in pieces:
+        starts[name] = end
+        end += -(-elements // PIECE) * PIECE
+    return starts, end
 
 
 class Operands(NamedTuple):
@@ -86,6 +107,12 @@ class Norm(NamedTuple):
         """(name, elements) of what a forward leaves for the backward, in the memory order of the kept axes of y."""
         groups = prod(self.kept_shape)
         return (("mean", groups), ("rstd", groups)) if self.center else (("rstd", groups),)
+
+    @property
+    def weight_strides(self) -> Sizes:
+        """Of weight and bias, which are dense, in the split shape; 0 where they do not vary."""
+        strides = dict(zip(self.affine, dense_strides(tuple(self.shape[i] for i in self.affine)), strict=True))
+        return tuple(strides.get(i, 0) for i in range(len(self.shape)))
 
     @property
     def written(self) -> tuple[str, str, Sizes | None, bool]:

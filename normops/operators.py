@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import calls, reference
-from .launch import Call
-from .norm import Norm, Operands, parse
-from .plan import accumulator
+from . import calls, reference, rules
+from .calls import Call
+from .norm import Norm, Operands, accumulator, parse
 
 NAMESPACE = "normops"
 
@@ -90,7 +89,7 @@ def _rule(a: Forward | Backward) -> tuple[Any, ...]:
     """What the rule of a call is, as find() and norm_of() take it after the operands."""
     lengths = None if a.lengths is None else tuple(a.lengths)
     out_dtype = a.out_dtype if isinstance(a, Forward) else None
-    return calls.written, (a.pattern, a.affine, lengths, a.center, a.given), a.activation, out_dtype
+    return rules.written, (a.pattern, a.affine, lengths, a.center, a.given), a.activation, out_dtype
 
 
 def _all(x: Tensor, found: Iterable[Tensor | None]) -> Four:
@@ -183,7 +182,7 @@ def _backward(*arguments: Any) -> Four:
 
 def _fake_forward(*arguments: Any) -> Four:
     a = Forward(*arguments)
-    norm = calls.norm_of(a.operands, *_rule(a))
+    norm = rules.norm_of(a.operands, *_rule(a))
     dtype = a.x.dtype if a.pre_add is None else torch.result_type(a.x, a.pre_add)
     strides = norm.kept_strides(torch.empty_like(a.x).stride())
     mean, rstd = (

@@ -13,14 +13,12 @@ import triton.language as tl
 from . import schedule, walks
 from .gpus import Device
 from .kernels.bundles import Form
-from .layout import Layout, dense_strides
+from .layout import Layout
 from .norm import Norm
 from .schedule import Limits
 from .ticketing import Tickets
 from .tile import Tile, vector
 from .views import Shapes, View
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -79,18 +77,6 @@ class Plan:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def accumulator(*dtypes: torch.dtype) -> torch.dtype:
-    """The type of statistics and sums: fp32, or fp64 for fp64."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def weight_strides(spec: Norm) -> tuple[int, ...]:
-    shape = spec.shape
-    sizes = tuple(shape[i] for i in spec.affine)
-    strides = dict(zip(spec.affine, dense_strides(sizes), strict=True))
-    return tuple(strides.get(i, 0) for i in range(len(shape)))
 
 
 def cut(form: Form, tile: Tile, layout: Layout, **more: Any) -> Form:

@@ -10,14 +10,13 @@ from .kernels.bundles import APPLY, BOTH, STATISTICS, Form
 from .kernels.finish import grad_finish, sum_rows
 from .kernels.grad_stream import grad_stream
 from .kernels.resident import grad_group, grad_normalize
-from .norm import Norm
+from .norm import Needs, Norm
 from .plan import Launch, Plan, Planner, alike, cdiv, cut, fold, kept_blocks, kept_first, named
 from .schedule import Limits
 from .ticketing import Tickets, ticketed
 from .tile import Tile, along_m, in_rows, next_power_of_2, sideways, vector
 from .views import Shapes, View
 
-Needs = tuple[bool, bool, bool, bool]
 Names = tuple[str, str]
 READS = ("x", "dy", "w", "b", "post", "mean", "rstd")
 WRITES = ("dsum", "dx", "dpost")

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .norm import Norm, Operands, Sizes
-from .plan import accumulator
+from .norm import Norm, Operands, Sizes, accumulator
 
 
 def as_like(t: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:

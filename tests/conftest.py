@@ -15,7 +15,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated: before anything imports normops
 
-from normops import launch
+from normops import calls, launch
 from normops.testing import prepare_once
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,7 +49,8 @@ class _Poisoned:
 
 @pytest.fixture(autouse=True)
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "torch", _Poisoned())
+    for module in (calls, launch):
+        monkeypatch.setattr(module, "torch", _Poisoned())
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from normops import calls
 from normops import functional as F
-from normops import launch
 from tests.pairs import SHAPE, build, equal, norms, operands, run
 from tests.tolerance import ACTIVATIONS, check, laid_out
 
@@ -24,11 +24,11 @@ MODIFIED = "modified by an inplace operation"
 @pytest.fixture(params=["kernels", "formula"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Kernels, and what runs where kernels cannot."""
-    launch.calls.clear()
+    calls.known.clear()
     if request.param == "formula":
-        monkeypatch.setattr(launch, "uses_kernels", lambda x: False)
+        monkeypatch.setattr(calls, "uses_kernels", lambda x: False)
     yield request.param
-    launch.calls.clear()
+    calls.known.clear()
 
 
 def places(*tensors: Tensor | None) -> list[int]:
@@ -140,8 +140,8 @@ def test_selective_checkpoint(name: str, saved: bool, device: torch.device, monk
     args = operands(device)
     expected = run(copy.deepcopy(norm), *args)
     forwards: list[int] = []
-    kernels = launch.Call.forward
-    monkeypatch.setattr(launch.Call, "forward", lambda *a, **k: (forwards.append(1), kernels(*a, **k))[1])
+    kernels = calls.Call.forward
+    monkeypatch.setattr(calls.Call, "forward", lambda *a, **k: (forwards.append(1), kernels(*a, **k))[1])
 
     def policy(ctx: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
         keep = saved and op == torch.ops.normops.forward.default

@@ -18,8 +18,8 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import normops
+from normops import calls, nn
 from normops import functional as F
-from normops import launch, nn
 
 SHAPE = (6, 3, 5)
 MODULES: dict[str, Callable[[], torch.nn.Module]] = {
@@ -289,8 +289,8 @@ def test_eager_calls_do_not_pass_the_dispatcher(device: torch.device, monkeypatc
     monkeypatch.setattr(normops.traced, "normalize", refuse)
     monkeypatch.setattr(normops.traced.Backward, "apply", refuse)
     ran: list[str] = []
-    original = launch.Call.backward
-    monkeypatch.setattr(launch.Call, "backward", lambda *a, **k: (ran.append("backward"), original(*a, **k))[1])
+    original = calls.Call.backward
+    monkeypatch.setattr(calls.Call, "backward", lambda *a, **k: (ran.append("backward"), original(*a, **k))[1])
     for build in MODULES.values():
         results(build().to(device), batch(2, device), {})
     assert len(ran) == len(MODULES)

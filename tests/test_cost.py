@@ -18,12 +18,12 @@ from triton.runtime import interpreter
 
 from bench import providers, verify
 from bench.cases import CASES, Case
+from normops import calls, gpus, launch, schedule
 from normops import functional as F
-from normops import gpus, launch, schedule
 from normops import norm as norms
 from normops.kernels.resident import grad_normalize
 from normops.layout import dense_strides
-from normops.plan import Plan, weight_strides
+from normops.plan import Plan
 from normops.plan_backward import plan_backward
 from normops.plan_forward import plan_forward
 from normops.testing import Planned, Traffic, cost, plans, traffic
@@ -31,7 +31,7 @@ from normops.views import Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
-counts = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
+counts = pytest.mark.skipif(not calls.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
 
 ALL_SPLIT = {"engine": "split"}
 # Tiles that divide nothing, several blocks of everything, and loops.
@@ -168,7 +168,7 @@ def test_odd_tiles_and_what_is_asked_for(norm: Norm, shape: tuple[int, ...], fmt
     n = shape[-1] if norm in (layer_norm, rms_norm) else shape[1]
     # So few programs that walks over the batch take several steps, the last ones past its end.
     few = replace(gpus.H200, num_sms=3, ptx=False)
-    with launch.standing_in(few), schedule.forced(**limits), counted() as (planned, found):
+    with calls.standing_in(few), schedule.forced(**limits), counted() as (planned, found):
         for needs, options in (
             ((True, True, True), {"activation": "silu", "post_add": torch.randn(shape[-1]).expand(shape)}),
             ((True, False, False), {"pre_add": torch.randn(shape)}),
@@ -204,7 +204,7 @@ def planned(axes: tuple[tuple[int, ...], ...], shape: tuple[int, int, int], *ope
     dense = dense_strides(shape)
     backward = "dy" in operands
     names = ("X", "DY", "W", "POST", "DSUM", "DX", "DPOST") if backward else ("X", "PRE", "SUM", "W", "POST", "Y")
-    strides = {"W": weight_strides(norm), **dict.fromkeys(map(str.upper, operands), dense)}
+    strides = {"W": norm.weight_strides, **dict.fromkeys(map(str.upper, operands), dense)}
     shapes = Shapes(dense, tuple((name, strides.get(name)) for name in names))
     given = (schedule.limits(), gpus.H200)
     if backward:

@@ -17,8 +17,8 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_leaves
 
+from normops import calls, nn
 from normops import functional as F
-from normops import launch, nn
 
 EPS = 1e-5
 
@@ -193,13 +193,13 @@ def test_vmap_over_x_alone_cannot_move_running_statistics(device: torch.device) 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
     """The needs of every backward that is launched."""
     found: list[tuple[bool, ...]] = []
-    original = launch.Call.backward
+    original = calls.Call.backward
 
     def backward(*args: Any, **kwargs: Any) -> Any:
         found.append(args[4])
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(launch.Call, "backward", backward)
+    monkeypatch.setattr(calls.Call, "backward", backward)
     return found
 
 

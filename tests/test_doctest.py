@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton")
 
 import normops
-from normops import activations, functional, launch, nn, testing
+from normops import activations, calls, functional, nn, testing
 from normops.testing import executed, hardware, virtual
 
 explain = importlib.import_module("normops.testing.explain")  # the name is the function's too
@@ -62,7 +62,7 @@ PUBLIC = [
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_prints_what_it_says(name: str) -> None:
-    if not launch.INTERPRETED and name.split(".")[-1] in INTERPRETED:
+    if not calls.INTERPRETED and name.split(".")[-1] in INTERPRETED:
         pytest.skip("counts kernels on CPU tensors: needs TRITON_INTERPRET=1")
     said: list[str] = []
     done = doctest.DocTestRunner(verbose=False).run(EXAMPLES[name], out=said.append, clear_globs=False)

@@ -306,9 +306,9 @@ def test_inputs_are_left_alone(device: torch.device) -> None:
 def test_cpu_without_interpreter_runs_the_reference(plain: Callable[[str], str]) -> None:
     script = """
 import torch
-from normops import functional as F, launch
+from normops import calls, functional as F
 x, w = torch.randn(3, 8, requires_grad=True), torch.randn(8, requires_grad=True)
-assert not launch.uses_kernels(x)
+assert not calls.uses_kernels(x)
 rm, rv, tm, tv = torch.zeros(8), torch.ones(8), torch.zeros(8), torch.ones(8)
 y = F.batch_norm(x, rm, rv, w, None, True, activation="silu")
 ref = torch.nn.functional.silu(torch.nn.functional.batch_norm(x, tm, tv, w, None, True))
@@ -411,3 +411,31 @@ def test_inference_tensors(device: torch.device) -> None:
     assert not norm(x).requires_grad
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):
         norm(torch.randn(3, 6, 4, device=device))
+
+
+def test_a_cpu_needs_no_triton(plain: Callable[[str], str]) -> None:
+    """Nor does the import; CUDA tensors are told what is missing."""
+    found = plain("""
+import importlib.util, sys
+original = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name.split(".")[0] == "triton" else original(name, *a)
+sys.modules["triton"] = None  # an import raises ModuleNotFoundError
+import torch
+from normops import calls, nn, normalize
+
+x = torch.randn(4, 6, 5, requires_grad=True)
+for norm in (nn.BatchNorm1d(6), nn.GroupNorm(2, 6, activation="silu"), nn.LayerNorm(5), nn.RMSNorm(5)):
+    norm(x).sum().backward()
+normalize(x, "n c l -> n", activation="gelu").sum().backward()
+assert torch.func.vmap(nn.LayerNorm(5))(x).shape == x.shape
+assert not any(name.startswith(("triton.", "normops.kernels")) for name in sys.modules)
+
+class OnCuda:
+    device = torch.device("cuda")
+
+try:
+    calls.uses_kernels(OnCuda)
+except ModuleNotFoundError as error:
+    print(error)
+""")
+    assert found == "normops runs CUDA tensors with Triton: expected the package triton"

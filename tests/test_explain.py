@@ -190,7 +190,7 @@ def test_errors(found: dict[str, Any]) -> None:
 
 
 def test_the_interpreter_compiles_nothing() -> None:
-    if normops.launch.INTERPRETED:
+    if normops.calls.INTERPRETED:
         with pytest.raises(RuntimeError, match="unset TRITON_INTERPRET"):
             explain(lambda: F.layer_norm(torch.randn(2, 4), (4,)))
 

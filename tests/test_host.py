@@ -97,7 +97,7 @@ import gc, json, sys
 from time import perf_counter
 import torch
 from bench.host import silent
-from normops import functional, launch
+from normops import calls, functional
 from normops.testing import virtual_device
 
 def timed(function):
@@ -129,7 +129,7 @@ with virtual_device("h200"), silent():
     for rows in range(32, 32 + 16 * 2000, 16):
         functional.layer_norm(torch.empty(rows, 64), (64,), w)
     late, later = smallest(), events(call)
-    known = len(launch.calls)
+    known = len(calls.known)
     unplanned = torch.empty(8, 16, 64, requires_grad=True)
     planning = events(lambda: functional.layer_norm(unplanned, (64,), w))
 print(json.dumps(dict(first=first, planning=planning, early=early, late=late, steps=steps, later=later, known=known)))

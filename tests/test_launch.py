@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from normops import calls, gpus
 from normops import functional as F
-from normops import gpus, launch
 
 ROOT = Path(__file__).resolve().parents[1]
 
 HEAD = """
 import torch
 from torch import Tensor
-from normops import functional as F, launch, schedule
+from normops import calls, functional as F, launch, schedule
 from normops.testing import virtual_device
 
 x = torch.randn(3, 8, 5, 4)
@@ -140,23 +140,23 @@ for name in ("a100", "h200"):
         for _ in range(3):
             F.layer_norm(x, (4,))
         assert len(gpu.launches) == 3
-    assert not launch.calls
+    assert not calls.known
 assert torch.equal(F.layer_norm(x, (4,)), F.layer_norm(x, (4,)))  # plain PyTorch again
 """)
 
 
 def test_calls_are_bounded(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    monkeypatch.setattr(launch, "CALLS", 4)
-    launch.calls.clear()
+    monkeypatch.setattr(calls, "KNOWN", 4)
+    calls.known.clear()
     for n in range(1, 12):
         F.layer_norm(torch.randn(n, 4, device=device), (4,))
-        assert len(launch.calls) <= 4
+        assert len(calls.known) <= 4
 
 
 def test_what_no_key_holds_is_taken_anew(device: torch.device) -> None:
     """eps and momentum change from call to call without another plan."""
     x = torch.randn(6, 3, 4, device=device)
-    launch.calls.clear()
+    calls.known.clear()
     for eps, momentum in ((1e-5, 0.1), (0.5, 0.1), (1e-5, 1.0), (3, 0)):
         mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
         ref_mean, ref_var = mean.clone(), var.clone()
@@ -164,11 +164,11 @@ def test_what_no_key_holds_is_taken_anew(device: torch.device) -> None:
         ref = torch.nn.functional.batch_norm(x, ref_mean, ref_var, training=True, momentum=momentum, eps=eps)
         torch.testing.assert_close(y, ref)
         torch.testing.assert_close((mean, var), (ref_mean, ref_var))
-    assert len(launch.calls) == 1
+    assert len(calls.known) == 1
 
 
 def test_what_a_key_holds_makes_another_call(device: torch.device) -> None:
-    launch.calls.clear()
+    calls.known.clear()
     x = torch.randn(4, 6, 8, device=device)
     w = torch.randn(8, device=device)
     variants = (
@@ -179,10 +179,10 @@ def test_what_a_key_holds_makes_another_call(device: torch.device) -> None:
         got = F.layer_norm(a, (8,), p)
         expected = torch.nn.functional.layer_norm(a.double(), (8,), None if p is None else p.double())
         torch.testing.assert_close(got.double(), expected, atol=2e-3, rtol=2e-3)
-        assert len(launch.calls) == i + 1
+        assert len(calls.known) == i + 1
     with pytest.raises(RuntimeError, match="normalized_shape"):
         F.layer_norm(x, (6,), w)
-    assert len(launch.calls) == len(variants), "a call that raised was remembered"
+    assert len(calls.known) == len(variants), "a call that raised was remembered"
 
 
 def test_an_unknown_device_is_planned_for_by_its_properties(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,13 +190,13 @@ def test_an_unknown_device_is_planned_for_by_its_properties(monkeypatch: pytest.
         name="none we know", multi_processor_count=20, major=8, minor=6, L2_cache_size=4 << 20, total_memory=1 << 33
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
-    launch._properties.cache_clear()
+    calls._properties.cache_clear()
     try:
-        device = launch.device_facts(torch.device("cuda", 63))
+        device = calls.device_facts(torch.device("cuda", 63))
         assert device == gpus.Device("none we know", 20, (8, 6), 4 << 20)
         assert 0 < device.window < facts.L2_cache_size
         monkeypatch.setattr(torch.version, "hip", "6.0")
-        launch._properties.cache_clear()
-        assert launch.device_facts(torch.device("cuda", 63)).window == 0, "its dies share no L2: never ticketed"
+        calls._properties.cache_clear()
+        assert calls.device_facts(torch.device("cuda", 63)).window == 0, "its dies share no L2: never ticketed"
     finally:
-        launch._properties.cache_clear()
+        calls._properties.cache_clear()

@@ -20,7 +20,7 @@ LAYERS = (
     {"schedule"},
     {"ticketing", "views", "walks"},
     {"plan"},
-    {"plan_forward", "plan_backward", "reference"},
+    {"plan_forward", "plan_backward", "reference", "rules"},
     {"launch"},
     {"calls"},
     {"operators"},
@@ -44,7 +44,8 @@ ONLY = {
     "ticketing": {".gpus", ".layout", ".schedule", ".tile"},
     "walks": {".gpus", ".layout", ".schedule", ".tile"},
     "activations": {"torch"},
-    "reference": {"torch", ".activations", ".norm", ".plan"},
+    "reference": {"torch", ".activations", ".norm"},
+    "rules": {"torch", ".activations", ".norm"},
     "views": {".kernels", ".layout", ".schedule", ".tile"},
     "plan": {
         "torch", "triton", ".gpus", ".kernels", ".layout", ".norm", ".schedule", ".ticketing", ".tile", ".views",
@@ -62,9 +63,10 @@ ONLY = {
     },
     "counters": {"torch"},
     "compiled": {"triton"},
-    "launch": {
-        "torch", ".compiled", ".counters", ".gpus", ".layout", ".norm", ".plan", ".plan_forward",
-        ".plan_backward", ".schedule", ".views", ".kernels",
+    "launch": {"torch", ".compiled", ".counters", ".norm", ".plan", ".kernels"},
+    "calls": {
+        "torch", ".activations", ".compiled", ".gpus", ".launch", ".layout", ".norm", ".plan_forward",
+        ".plan_backward", ".rules", ".schedule", ".views",
     },
 }
 

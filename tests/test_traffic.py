@@ -21,11 +21,11 @@ if not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
+from normops import calls, schedule
 from normops import functional as F
-from normops import launch, schedule
 from normops.testing import Planned, Traffic, cost, plans, traffic
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
+pytestmark = pytest.mark.skipif(not calls.INTERPRETED, reason="counts in the interpreter: TRITON_INTERPRET=1")
 
 SHAPE = (2, 6, 5, 7)
 CONTIGUOUS, CHANNELS_LAST = torch.contiguous_format, torch.channels_last

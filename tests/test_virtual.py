@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from normops import functional, gpus, launch
+from normops import calls, functional, gpus
 from normops.kernels.norm import first_elements
 from normops.testing import HARDWARE, VirtualLaunch, virtual_device
 
@@ -185,7 +185,7 @@ def compile_all() -> dict[str, Any]:
     found["raised"] = error(lambda: raise_inside("b200"))
     found["restored"] = driver.active is mine
     found["hooks"].append(len(triton.knobs.runtime.kernel_load_start_hook.calls))
-    found["cpu again"] = not launch.uses_kernels(f[0])
+    found["cpu again"] = not calls.uses_kernels(f[0])
     with virtual_device("h200") as again:
         launch_mixed((1,))
         found["known"] = again.launches[0].binary is first.binary
@@ -313,7 +313,7 @@ def test_errors(found: dict[str, Any]) -> None:
 
 
 def test_the_interpreter_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "INTERPRETED", True)
+    monkeypatch.setattr(calls, "INTERPRETED", True)
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET"), virtual_device("h200"):
         pass
 

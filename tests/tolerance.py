@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as TF
 from torch import Tensor
 
-from normops import launch, schedule
+from normops import calls, schedule
 
 # (RMS, largest) error over the RMS of the oracle.
 TOLERANCE = {
@@ -27,7 +27,7 @@ TOLERANCE = {
     torch.float16: (2.0**-11, 2.0**-8),
     # As fp16, with half an ulp of 2^-8 on a GPU; Triton's interpreter cuts bfloat16 off instead of rounding it to the
     # nearest: a whole ulp, 2^-7.
-    torch.bfloat16: (2.0**-7, 2.0**-4) if launch.INTERPRETED else (2.0**-8, 2.0**-5),
+    torch.bfloat16: (2.0**-7, 2.0**-4) if calls.INTERPRETED else (2.0**-8, 2.0**-5),
 }
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 from triton.runtime import interpreter
 
-from ..launch import INTERPRETED
+from ..calls import INTERPRETED
 
 OTHER = "other"
 

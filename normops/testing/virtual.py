@@ -16,7 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from .. import launch
+from .. import calls
 from .binary import Binary, Parameter
 from .executed import Executed, execute
 from .hardware import HARDWARE, Hardware
@@ -358,14 +358,14 @@ def virtual_device(name: str) -> Iterator[VirtualDevice]:
     """
     if name not in HARDWARE:
         raise ValueError(f"device must be one of {', '.join(HARDWARE)}, got {name!r}")
-    if launch.INTERPRETED:
+    if calls.INTERPRETED:
         raise RuntimeError("a virtual device compiles kernels: unset TRITON_INTERPRET before importing triton")
     device = VirtualDevice(HARDWARE[name])
     before = driver.__dict__.get("_active")  # reading driver.active would look for a GPU
     driver.set_active(device._driver())
     knobs.runtime.kernel_load_start_hook.add(device._loading)
     try:
-        with launch.standing_in(device.hardware.facts):
+        with calls.standing_in(device.hardware.facts):
             yield device
     finally:
         device._open = False
