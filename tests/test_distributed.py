@@ -152,7 +152,9 @@ def test_trains_as_with_torchs_norms(results: Results, training: str) -> None:
     assert min(abs(a - b) for a, b in zip(expected["losses"], expected["losses"][1:], strict=False)) > 1e-2, "it learns"
     assert got["losses"] == pytest.approx(expected["losses"], rel=LOSS)
     near(got["parameters"], expected["parameters"])
-    near(got["buffers"], expected["buffers"])
+    # A recomputation moves torch's running statistics once more, and ours not.
+    without = of(results, f"{training.removesuffix(' checkpointed')}, torch")
+    near(got["buffers"], without["buffers"])
 
 
 @pytest.mark.parametrize("training", ["ddp without batch norm", "fsdp without batch norm"])
