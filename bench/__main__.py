@@ -22,7 +22,7 @@ import typer
 from normops import schedule
 from normops.testing import HARDWARE
 
-from .cases import CASES, select
+from .cases import CASES, DOZEN, select
 from .common import console
 from .evidence import evidence as evidence_all
 from .force import limits_of
@@ -86,6 +86,12 @@ CompileOnly = Annotated[
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that compile; 0: one a core, 8 at most.")]
 OUT = Path("bench/out")
+PARTS = """No CUDA device: nothing is timed on one.  Of {cases} cases of {all}, results in {out}:
+  evidence  what they compile to, execute and move on an H100, and how long that is predicted to take
+  verify    their values and gradients against float64, in Triton's interpreter
+  host      how long the host takes to launch
+  train     three small networks with torch's norms and with these
+On 2 cores a dozen take about a minute for evidence and four in all.  Of all cases: python -m bench evidence, verify."""
 
 
 def finish(out: Path, *oks: bool) -> None:
@@ -107,28 +113,27 @@ def here(context: typer.Context, parameter: Any) -> bool:
 def everything(
     context: typer.Context, only: Only = None, out: Out = OUT, seed: Seed = 0, dtype: Dtype = "bf16"
 ) -> None:
-    """Without a command: verify; time on a CUDA device, else compile for one and time the host; train."""
+    """Without a command: verify, time and train on a CUDA device; without one what can be said of a dozen cases: what
+    they compile to and how long that is predicted to take, values, host times, training."""
     command, given = context.invoked_subcommand, [p.opts[0] for p in context.command.params if here(context, p)]
     if command is not None:
         if given:
             raise typer.BadParameter(f"{', '.join(given)} must come after the command {command}")
         return
-    cuda = torch.cuda.is_available()
-    parts = ["time"] if cuda else ["evidence for an H200", "host"]
-    console.print(f"{', '.join(['verify', *parts, 'train'])}: {len(select(only))} cases; results: {out}", markup=False)
-    oks = [verify_all(only, out, seed)]
-    if cuda:
-        oks.append(time_all(only, out, seed, dtype))
-    else:
-        console.print("no CUDA device: nothing is timed on one")
-        oks += [evidence_all("h100", select(only), dtype, out), host_all(out, blocks=7, calls=100)]
+    if torch.cuda.is_available():
+        cases = select(only)
+        console.print(f"verify, time, train: {len(cases)} cases; results: {out}", markup=False)
+        finish(out, verify_all(cases, out, seed), time_all(only, out, seed, dtype), train_all(out, seed))
+    cases = select(only) if only else [case for case in CASES if case.name in DOZEN]
+    console.print(PARTS.format(cases=len(cases), all=len(CASES), out=out), markup=False, highlight=False)
+    oks = evidence_all("h100", cases, dtype, out), verify_all(cases, out, seed), host_all(out, blocks=7, each=100)
     finish(out, *oks, train_all(out, seed))
 
 
 @app.command()
 def verify(only: Only = None, out: Out = OUT, seed: Seed = 0) -> None:
     """Forward and backward of every case against float64."""
-    finish(out, verify_all(only, out, seed))
+    finish(out, verify_all(select(only), out, seed))
 
 
 @app.command()
@@ -192,10 +197,10 @@ def calibrate(
 @app.command()
 def host(
     out: Out = OUT, blocks: Annotated[int, typer.Option(min=1, help="Turns of every call.")] = 15,
-    calls: Annotated[int, typer.Option(min=1, help="Calls in one turn.")] = 100,
+    each: Annotated[int, typer.Option("--calls", min=1, help="Calls in one turn.")] = 100,
 ) -> None:  # fmt: skip
     """Host time of eager calls, beside torch's and Liger's, and where it goes."""
-    raise typer.Exit(0 if host_all(out, blocks, calls) else 1)
+    raise typer.Exit(0 if host_all(out, blocks, each) else 1)
 
 
 PLAIN = {"context_settings": {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}}

@@ -116,6 +116,12 @@ CASES = (
 )
 # fmt: on
 
+DOZEN = (
+    "resnet 64x56 b256", "resnet 512x28 b32", "convnext 128x56", "unet 320x64", "unet 320x64 b16", "vae 512x128",
+    "nnunet 32x128", "vit-b", "llama 4096", "head norm 128", "rows of 1001", "many long rows",
+)  # fmt: skip
+"""One of each kind: what ``python -m bench`` looks at where nobody says otherwise and nothing can be timed."""
+
 
 def select(only: str | None) -> list[Case]:
     """Cases whose name, norm or origin contains the text."""

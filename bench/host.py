@@ -378,13 +378,13 @@ def show(result: dict[str, Any]) -> None:
         console.print(line)
 
 
-def host(out: Path, blocks: int = 15, calls: int = 100) -> bool:
+def host(out: Path, blocks: int = 15, each: int = 100) -> bool:
     """Measure, print, write host.json.  In a process of its own where this one interprets kernels."""
     if calls.INTERPRETED:
         command = [sys.executable, "-m", "bench", "host", "--out", str(out), "--blocks", str(blocks)]
         environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": str(console.width)}
-        return subprocess.run([*command, "--calls", str(calls)], env=environment).returncode == 0
-    result = measure(blocks, calls)
+        return subprocess.run([*command, "--calls", str(each)], env=environment).returncode == 0
+    result = measure(blocks, each)
     save(out, "host", result)
     show(result)
     return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from math import prod
@@ -14,7 +15,7 @@ from normops import gpus, schedule
 from normops.testing import prepare_once
 
 from . import providers, workers
-from .cases import Case, select
+from .cases import Case
 from .common import console, print_table, run_all, save
 
 COPIES = 24
@@ -78,9 +79,8 @@ def answered(case: Case, answer: Any) -> list[dict[str, Any]]:
              "error": answer.reason} for format_name in case.formats for dtype in providers.DTYPES]  # fmt: skip
 
 
-def verify(only: str | None, out: Path, seed: int) -> bool:
-    """Verify the selected cases, print a table, write verify.json; True if everything is within its bound."""
-    cases = select(only)
+def verify(cases: Sequence[Case], out: Path, seed: int) -> bool:
+    """Verify the cases, print a table, write verify.json; True if everything is within its bound."""
     done = dict(run_all(verify_case, [(case, seed) for case in cases], "verify"))
     rows = [row for index in sorted(done) for row in answered(cases[index], done[index])]
     save(out, "verify", {"reason": providers.REASON, "rows": rows})
