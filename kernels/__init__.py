@@ -43,5 +43,9 @@ is one column: FOLD = (1, BLOCK_K, BLOCK_K, 1).
 """
 
 if __name__ != "normops.kernels":
-    # `kernels` at the top level is the import name of another distribution (Hugging Face's).
-    raise ImportError("this folder is the package normops.kernels: import it by that name")
+    # At the top level `kernels` is another distribution (Hugging Face's), which transformers looks for by importing it:
+    # beside a checkout of normops it finds a package without a version or anything else, and goes on without.
+    __path__ = []
+
+    def __getattr__(name):
+        raise AttributeError(f"this folder is the package normops.kernels, and no other: it has no {name!r}")

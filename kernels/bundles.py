@@ -62,6 +62,8 @@ class Form(NamedTuple):
     DPOST: Any = ABSENT
     STAT: Any = ABSENT
     CENTER: Any = True
+    ROUND: Any = False
+    """Whether xhat is rounded to the type of x before the affine."""
     ACT: Any = "identity"
     PTX: Any = False
     """Whether inline assembly of NVIDIA may be used; its plain twins stand beside it, in elements.py."""

@@ -186,7 +186,10 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
         bs = load_parameters(o.b, t, q, AHEAD, 0.0, F)
         posts = load_pieces(o.post, t, POST, F, ANY, q, AHEAD)
         for p in tl.static_range(q, min(q + AHEAD, PIECES)):
-            z = (widen(v[p], F) - mean) * (rstd * ws[p - q])
+            if F.ROUND:
+                z = rounded((widen(v[p], F) - mean) * rstd, v[p].dtype).to(F.ACC) * ws[p - q]
+            else:
+                z = (widen(v[p], F) - mean) * (rstd * ws[p - q])
             if o.b is not None:
                 z = z + bs[p - q]
             if o.post is not None:

@@ -12,8 +12,12 @@ torch.Size([2, 4])
 __version__ = "0.1.0"
 
 from . import activations, functional, nn
+from .conversion import convert, register_converter, report, restore
 from .functional import normalize
 from .operators import decompositions
 from .traced import decompose
 
-__all__ = ["__version__", "activations", "decompose", "decompositions", "functional", "nn", "normalize"]
+__all__ = [
+    "__version__", "activations", "convert", "decompose", "decompositions", "functional", "nn", "normalize",
+    "register_converter", "report", "restore",
+]  # fmt: skip

@@ -304,21 +304,24 @@ def layer_norm(
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
     activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
-    out_dtype: torch.dtype | None = ...,
+    out_dtype: torch.dtype | None = ..., round_first: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
     activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    round_first: bool = ...,
 ) -> Pair: ...  # fmt: skip
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None, *,
     activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out_dtype: torch.dtype | None = None, round_first: bool = False,
 ) -> Any:  # fmt: skip
     """RMSNorm over the last axes: x / sqrt(mean(x²) + eps) · weight; :func:`torch.nn.functional.rms_norm` with extras.
 
-    ``eps=None`` is torch.finfo of the statistics' dtype.  Extras, dtypes and errors as in :func:`layer_norm`.
+    ``eps=None`` is torch.finfo of the statistics' dtype.  ``round_first`` rounds x / sqrt(…) to the dtype of x before
+    it is multiplied by weight, as Llama and its kin do; gradients are those without.  Extras, dtypes and errors as in
+    :func:`layer_norm`.
     Source: Zhang & Sennrich 2019, torch.nn.functional.rms_norm.
 
     >>> import torch, normops
@@ -327,7 +330,7 @@ def rms_norm(
     """
     shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
     operands = Operands(input, weight, None, pre_add, post_add)
-    return _run(operands, rules.rms_norm, (shape,), eps, activation, out_dtype)
+    return _run(operands, rules.rms_norm, (shape, round_first), eps, activation, out_dtype)
 
 
 @overload

@@ -77,6 +77,8 @@ class Norm(NamedTuple):
     """Statistics are given, and are not those of x."""
     affine_shape: Sizes | None = None
     """What weight and bias broadcast to; None where only the number of their elements counts."""
+    round_first: bool = False
+    """Whether xhat is rounded to the dtype of x before it is multiplied by weight."""
     kept: tuple[Sizes, ...] = ()
     """Axes that keep a statistic, as the right side of the pattern orders and joins them."""
 

@@ -1,7 +1,7 @@
 """``torch.ops.normops``: the two directions as registered operators, for everything in PyTorch that traces programs.
 
     forward(x, weight?, bias?, pre_add?, post_add?, mean?, var?, pattern, affine, lengths, center, eps, activation,
-            out_dtype?) -> (y, sum, mean, rstd)
+            out_dtype?, round_first) -> (y, sum, mean, rstd)
     backward(dy, dsum?, x, weight?, bias?, post_add?, mean, rstd, pattern, affine, lengths, center, given, eps,
              activation, output_mask) -> (dx, dw, db, dpost)
 
@@ -35,7 +35,8 @@ _FORM = "str pattern, str affine, SymInt[]? lengths, bool center"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 library.define(
     f"forward(Tensor x, Tensor? weight, Tensor? bias, Tensor? pre_add, Tensor? post_add, Tensor? mean, Tensor? var, "
-    f"{_FORM}, float eps, str activation, ScalarType? out_dtype) -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
+    f"{_FORM}, float eps, str activation, ScalarType? out_dtype, bool round_first) "
+    f"-> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)",
     tags=_TAGS,
 )
 library.define(
@@ -52,7 +53,7 @@ Four = tuple[Tensor, Tensor, Tensor, Tensor]
 
 _FORWARD = namedtuple(
     "_FORWARD",
-    "x weight bias pre_add post_add mean var pattern affine lengths center eps activation out_dtype",
+    "x weight bias pre_add post_add mean var pattern affine lengths center eps activation out_dtype round_first",
 )
 _BACKWARD = namedtuple(
     "_BACKWARD",
@@ -82,14 +83,15 @@ class Backward(_BACKWARD):
 
 def norm_of(a: Forward | Backward) -> Norm:
     norm = parse(a.pattern, a.x.shape, a.affine, a.lengths)
-    return norm._replace(center=a.center, given=a.given, activation=a.activation)
+    rounded = isinstance(a, Forward) and a.round_first
+    return norm._replace(center=a.center, given=a.given, activation=a.activation, round_first=rounded)
 
 
 def _rule(a: Forward | Backward) -> tuple[Any, ...]:
     """What the rule of a call is, as find() and norm_of() take it after the operands."""
     lengths = None if a.lengths is None else tuple(a.lengths)
-    out_dtype = a.out_dtype if isinstance(a, Forward) else None
-    return rules.written, (a.pattern, a.affine, lengths, a.center, a.given), a.activation, out_dtype
+    out_dtype, rounded = (a.out_dtype, a.round_first) if isinstance(a, Forward) else (None, False)
+    return rules.written, (a.pattern, a.affine, lengths, a.center, a.given, rounded), a.activation, out_dtype
 
 
 def _all(x: Tensor, found: Iterable[Tensor | None]) -> Four:

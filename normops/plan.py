@@ -163,7 +163,8 @@ class Planner:
         """What is known of every launch over a view, whatever its tile."""
         return Form(
             SPACE=view.layout.space, ACC=tl.float64 if self.acc is torch.float64 else tl.float32,
-            STAT=view.layout.statistics(), CENTER=self.spec.center, ACT=self.spec.activation, PTX=self.device.ptx,
+            STAT=view.layout.statistics(), CENTER=self.spec.center, ROUND=self.spec.round_first,
+            ACT=self.spec.activation, PTX=self.device.ptx,
             ACCESS=vector(view.layout, self.itemsize), **view.operands,
         )  # fmt: skip
 

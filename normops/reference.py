@@ -41,7 +41,10 @@ def normalize(
         mean, h = _centred(h, norm.reduced, _statistic(given_mean, norm, h.dtype))
     var = _statistic(given_var, norm, h.dtype)
     rstd = torch.rsqrt((h.square().mean(norm.reduced, keepdim=True) if var is None else var) + eps)
-    y = ACTIVATIONS[norm.activation].function(_affine(h * rstd, norm, operands))
+    xhat = h * rstd
+    if norm.round_first:
+        xhat = xhat.to(s.dtype).to(h.dtype)
+    y = ACTIVATIONS[norm.activation].function(_affine(xhat, norm, operands))
     mean = None if mean is None else mean.reshape(norm.kept_shape)
     return as_like(y, out_dtype or x.dtype, x), s, mean, rstd.reshape(norm.kept_shape)
 

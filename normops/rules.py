@@ -131,8 +131,8 @@ def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
     return _named(o, f"... {names} -> ...", names, refusal + "but got input of size {size}", **lengths)
 
 
-def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
-    return layer_norm(o, normalized_shape)._replace(center=False)
+def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...], round_first: bool = False) -> Norm:
+    return layer_norm(o, normalized_shape)._replace(center=False, round_first=round_first)
 
 
 def group_norm(o: Operands, num_groups: int) -> Norm:
@@ -206,8 +206,9 @@ def _broadcast(norm: Norm, o: Operands) -> Norm:
 
 
 def written(
-    o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None, center: bool, given: bool
-) -> Norm:
+    o: Operands, pattern: str, affine: str, lengths: tuple[int, ...] | None, center: bool, given: bool,
+    round_first: bool,
+) -> Norm:  # fmt: skip
     """Of a registered operator: parameters and statistics need only have that many elements, pre_add and post_add x's
     shape."""
     norm = parse(pattern, o.x.shape, affine, lengths)
@@ -225,4 +226,4 @@ def written(
             )
         if name not in elements and t.shape != o.x.shape:
             raise RuntimeError(f"{name} must have the shape of x, {tuple(o.x.shape)}, got {tuple(t.shape)}")
-    return norm._replace(center=center, given=given, affine_shape=None)
+    return norm._replace(center=center, given=given, round_first=round_first, affine_shape=None)

@@ -89,7 +89,7 @@ def normalize(
         sharding.register_for(operands.x)
     laid = laid_out(norm, operands)
     given = laid[5:] if norm.given else (None, None)
-    arguments = (*laid[:5], *given, *norm.written, eps, norm.activation, out_dtype)
+    arguments = (*laid[:5], *given, *norm.written, eps, norm.activation, out_dtype, norm.round_first)
     # The transforms of torch.func that are on.  All but functionalize, which has no rule for them, want Functions.
     levels = set()
     if not is_dynamo_compiling() and _transforms_active():
@@ -130,7 +130,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None, *_: Any) -> tuple[Any, ...]:
-        *form, eps, activation, _ = ctx.options
+        *form, eps, activation, _, _ = ctx.options
         run, plain = partial(by_operator, (*form, ctx.given, eps, activation)), activation == "identity"
         found = gradients(run, ctx.saved_tensors, dy, dsum, ctx.dtypes, ctx.needs_input_grad[:5], plain)
         return *found, *(None,) * (2 + len(ctx.options))

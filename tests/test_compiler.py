@@ -244,7 +244,7 @@ def test_opcheck(case: tuple[Any, ...], device: torch.device) -> None:
     x, w, b = tensor(2, *SHAPE), tensor(n), tensor(n) if biased else None
     pre, post, activation = (tensor(2, *SHAPE), tensor(2, *SHAPE), "silu") if fused else (None, None, "identity")
     form = (pattern, affine, lengths, center)
-    given = (x, w, b, pre, post, None, None, *form, 1e-5, activation, None)
+    given = (x, w, b, pre, post, None, None, *form, 1e-5, activation, None, False)
     torch.library.opcheck(torch.ops.normops.forward.default, given)
     y, total, mean, rstd = torch.ops.normops.forward.default(*given)
     dy, dsum, s = (t.detach().clone().requires_grad_() for t in (y, total, total if fused else x))

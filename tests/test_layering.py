@@ -29,6 +29,9 @@ LAYERS = (
     {"autograd"},
     {"functional"},
     {"nn"},
+    {"adopting", "editing"},
+    {"fusing"},
+    {"conversion"},
     {"__init__"},
     {"virtual", "testing"},
 )
@@ -64,6 +67,7 @@ ONLY = {
     "counters": {"torch"},
     "compiled": {"triton"},
     "launch": {"torch", ".compiled", ".counters", ".norm", ".plan", ".kernels"},
+    "editing": set(),
     "calls": {
         "torch", ".activations", ".compiled", ".gpus", ".launch", ".layout", ".norm", ".plan_forward",
         ".plan_backward", ".rules", ".schedule", ".views",

@@ -1,0 +1,328 @@
+"""Blocks and norms as networks and libraries have them, for tests of conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Basic(nn.Module):
+    """ResNet's, as torchvision writes it."""
+
+    def __init__(self, c: int, down: bool = False) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2, self.bn2 = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.BatchNorm2d(c)
+        self.downsample = nn.Sequential(nn.Conv2d(c, c, 1, bias=False), nn.BatchNorm2d(c)) if down else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out
+
+
+class Nested(nn.Module):
+    """In expressions, and in a method of its own."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.norms = nn.Conv2d(c, c, 1), nn.ModuleList()
+        self.first, self.second, self.third = nn.BatchNorm2d(c), nn.GroupNorm(2, c), nn.BatchNorm2d(c)
+        self.act = nn.SiLU()
+
+    def stem(self, x: Tensor) -> Tensor:
+        return F.relu(self.first(self.conv(x)), inplace=True)
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        h = self.act(self.second(self.stem(x)))
+        return torch.nn.functional.gelu(h * scale + self.conv(h), approximate="tanh") + self.act(x + self.third(h))
+
+
+class Denoising(nn.Module):
+    """diffusers' ResnetBlock2D: one activation for several things, and kinds told by a text."""
+
+    def __init__(self, c: int, kind: str = "default") -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.GroupNorm(2, c), nn.GroupNorm(2, c)
+        self.conv1, self.conv2, self.time = nn.Conv2d(c, c, 3, padding=1), nn.Conv2d(c, c, 1), nn.Linear(5, c)
+        self.nonlinearity, self.kind = nn.SiLU(), kind
+
+    def forward(self, input_tensor: Tensor, temb: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        hidden = self.norm1(input_tensor)
+        hidden = self.nonlinearity(hidden)
+        hidden = self.conv1(hidden)
+        if temb is not None:
+            temb = self.time(self.nonlinearity(temb))[:, :, None, None]
+        if self.kind == "default":
+            if temb is not None:
+                hidden = hidden + temb
+            hidden = self.norm2(hidden)
+        elif self.kind == "scale":
+            hidden = self.norm2(hidden)
+            hidden = hidden * (1 + temb)
+        hidden = self.nonlinearity(hidden)
+        return input_tensor + self.conv2(hidden)
+
+
+class PreNorm(nn.Module):
+    """A decoder layer of transformers."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.input_norm, self.post_norm = LlamaRMSNorm(c), LlamaRMSNorm(c)
+        self.attention, self.mlp = nn.Linear(c, c), nn.Linear(c, c)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        residual = hidden_states
+        hidden_states = self.input_norm(hidden_states)
+        hidden_states = self.attention(hidden_states)
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        hidden_states = self.post_norm(hidden_states)
+        hidden_states = self.mlp(hidden_states)
+        hidden_states = residual + hidden_states
+        return hidden_states
+
+
+class PostNorm(nn.Module):
+    """BERT's and ViT's."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm, self.after, self.dense = nn.LayerNorm(c), nn.LayerNorm(c), nn.Linear(c, c)
+
+    def forward(self, hidden: Tensor, other: Tensor) -> Tensor:
+        hidden = self.norm(self.dense(hidden) + other)
+        hidden = self.dense(hidden) + hidden
+        y = self.after(hidden)
+        return y + hidden
+
+
+class ByHand(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(c)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = x + y
+        h = self.norm(h)
+        return h
+
+
+class Twice(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + F.relu(self.norm(y))
+
+
+class Super(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(super().forward(x, y))
+
+
+class Outside(ByHand):
+    """Whose norm another method calls without its activation."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + self.normalized(y)
+
+    def normalized(self, y: Tensor) -> Tensor:
+        return self.norm(y)
+
+
+class Between(ByHand):
+    """Something looks at what lies between a norm and its activation."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.norm(x)
+        scale = h.abs().mean()
+        h = F.relu(h)
+        return h * scale + y
+
+
+def replaced() -> nn.Module:
+    """Whose forward is the instance's own, as hooks of accelerate make it."""
+    block: Any = Basic(4)
+    block.forward = MethodType(Basic.forward, block)
+    return block
+
+
+def hooked() -> nn.Module:
+    block = Basic(4)
+    for norm in (block.bn1, block.bn2):
+        norm.register_forward_hook(lambda module, args, y: None)
+    return block
+
+
+IMAGE = (2, 4, 5, 3)
+RELU, POST_RELU, SILU = "activation relu", "post_add, activation relu", "activation silu"
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], dict[str, str]]] = {
+    "resnet": (lambda: Basic(4), [IMAGE], {"bn1": RELU, "bn2": POST_RELU}),
+    "resnet, downsampling": (lambda: Basic(4, down=True), [IMAGE], {"bn1": RELU, "bn2": POST_RELU}),
+    "expressions": (
+        lambda: Nested(4), [IMAGE], {"first": RELU, "second": SILU, "third": "post_add, activation silu"}
+    ),
+    "denoising": (lambda: Denoising(4), [IMAGE, (2, 5)], {"norm1": SILU, "norm2": SILU}),
+    "denoising, scaled": (lambda: Denoising(4, "scale"), [IMAGE, (2, 5)], {"norm1": SILU}),
+    "before attention": (lambda: PreNorm(6), [(2, 5, 6)], {"post_norm": "pre_add"}),
+    "after attention": (lambda: PostNorm(6), [(2, 5, 6), (2, 5, 6)], {"norm": "pre_add", "after": "pre_add"}),
+    "sum before, by hand": (lambda: ByHand(5), [(2, 6, 5), (2, 6, 5)], {"norm": "pre_add"}),
+}  # fmt: skip
+ROWS: list[tuple[int, ...]] = [(2, 6, 5), (2, 6, 5)]
+LEFT: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], str]] = {
+    "called twice": (lambda: Twice(5), ROWS, ""),
+    "super": (lambda: Super(5), ROWS, "forward calls super()"),
+    "called elsewhere": (lambda: Outside(5), ROWS, "norm is called more than once"),
+    "looked at": (lambda: Between(5), ROWS, ""),
+    "a forward of its own": (replaced, [IMAGE], ""),
+    "hooked": (hooked, [IMAGE], "has a hook"),
+}
+
+
+class LlamaRMSNorm(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(n)), 1e-6
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dtype = hidden_states.dtype
+        h = hidden_states.to(torch.promote_types(dtype, torch.float32))
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * h.to(dtype)
+
+
+class GemmaRMSNorm(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.zeros(n)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return (h * (1.0 + self.weight.float())).type_as(x)
+
+
+class ConvNextLayerNorm(nn.LayerNorm):
+    def __init__(self, n: int, data_format: str) -> None:
+        super().__init__(n, eps=1e-6)
+        self.data_format = data_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.data_format == "channels_first":
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return super().forward(x)
+
+
+class FrozenBatchNorm2d(nn.Module):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(n) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        w, b, mean, var = (t.reshape(1, -1, 1, 1) for t in self.buffers())
+        scale = w * (var + 1e-5).rsqrt()
+        return x * scale + (b - mean * scale)
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.drop, self.act = nn.Identity(), nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._check_input_dim(x)
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum or 0.0,
+            self.eps,
+        )  # fmt: skip
+        return self.act(self.drop(y))
+
+
+class GroupNormAct(nn.GroupNorm):
+    def __init__(self, n: int) -> None:
+        super().__init__(2, n)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)))
+
+
+class LayerNormAct2d(nn.LayerNorm):
+    def __init__(self, n: int) -> None:
+        super().__init__(n)
+        self.drop, self.act = nn.Identity(), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return self.act(self.drop(y.permute(0, 3, 1, 2)))
+
+
+class Renamed(nn.GroupNorm):
+    """A subclass that changes nothing."""
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "LlamaRMSNorm": (lambda: LlamaRMSNorm(8), (2, 3, 8)),
+    "GemmaRMSNorm": (lambda: GemmaRMSNorm(8), (2, 3, 8)),
+    "ConvNextLayerNorm": (lambda: ConvNextLayerNorm(8, "channels_last"), (2, 3, 4, 8)),
+    "ConvNextLayerNorm, channels first": (lambda: ConvNextLayerNorm(8, "channels_first"), (2, 8, 3, 4)),
+    "FrozenBatchNorm2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8)), (2, 3, 3, 4)),
+    "BatchNormAct2d": (lambda: BatchNormAct2d(8), (2, 8, 3, 4)),
+    "GroupNormAct": (lambda: GroupNormAct(8), (2, 8, 3, 4)),
+    "LayerNormAct2d": (lambda: LayerNormAct2d(8), (2, 8, 3, 4)),
+    "a subclass": (lambda: Renamed(2, 8), (2, 8, 3, 4)),
+}
+
+
+class Scaled(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+class HalfNorm(LlamaRMSNorm):
+    """By its name and its attributes a norm that is known, and by what it computes none."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return 0.5 * super().forward(hidden_states)
+
+
+class RandomNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        raise ValueError("it wants something else")
+
+
+def parametrized() -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.LayerNorm((4, 4)), dim=0)
+
+
+UNKNOWN = "computes no norm that is known here"
+OTHER_FORMULAS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "scaled": (lambda: Scaled(4), UNKNOWN), "half": (lambda: HalfNorm(4), UNKNOWN),
+    "raises": (lambda: RandomNorm(4), UNKNOWN), "lazy": (nn.LazyBatchNorm2d, "convert after a first call"),
+    "sync": (lambda: nn.SyncBatchNorm(4), "all processes"), "parametrized": (parametrized, "parametrized LayerNorm"),
+    "dropping": (lambda: dropping(), UNKNOWN),
+}  # fmt: skip
+
+
+def dropping() -> nn.Module:
+    norm = BatchNormAct2d(8)
+    norm.drop = nn.Dropout(0.5)
+    return norm

@@ -1,0 +1,276 @@
+"""Norms of a model taken over and given back: the same numbers, names, objects; and what may not be taken is left."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor
+from torch import nn as theirs
+
+import normops
+from normops import conversion, nn
+from normops.fusing import taken
+from tests import networks
+from tests.networks import Basic
+
+TOLERANCE = 1e-4
+"""Of fp32 results after a few layers, relative to their size: sums in another order."""
+
+NORMS: dict[str, Callable[[], theirs.Module]] = {
+    "BatchNorm1d": lambda: theirs.BatchNorm1d(6), "BatchNorm2d": lambda: theirs.BatchNorm2d(6),
+    "BatchNorm3d": lambda: theirs.BatchNorm3d(6), "cumulative": lambda: theirs.BatchNorm2d(6, momentum=None),
+    "untracked": lambda: theirs.BatchNorm2d(6, track_running_stats=False, affine=False),
+    "InstanceNorm1d": lambda: theirs.InstanceNorm1d(6), "InstanceNorm2d": lambda: theirs.InstanceNorm2d(6, affine=True),
+    "InstanceNorm3d": lambda: theirs.InstanceNorm3d(6, track_running_stats=True),
+    "GroupNorm": lambda: theirs.GroupNorm(2, 6), "LayerNorm": lambda: theirs.LayerNorm(5, bias=False),
+    "RMSNorm": lambda: theirs.RMSNorm(5), "RMSNorm, eps": lambda: theirs.RMSNorm((6, 5), eps=1e-3),
+}  # fmt: skip
+
+
+def input_of(norm: theirs.Module, device: torch.device) -> Tensor:
+    rank = {"1": 3, "2": 4, "3": 5}.get(type(norm).__name__[-2], 3)
+    return torch.randn(*(3, 6, 4, 5)[: rank - 1], 5, device=device)
+
+
+def near(got: Any, expected: Any, what: str = "") -> None:
+    """Tensors relative to the size of each; one whose true value is 0 to the size of all of them."""
+    least = 1e-3 * max(float(e.detach().float().norm()) for e in expected)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        a, b = a.detach().double(), b.detach().double()
+        assert a.shape == b.shape
+        error = ((a - b).norm() / (b.norm() + least)).item()
+        assert error < TOLERANCE, f"{what}, tensor {i}: {error:.1e}"
+
+
+def results(model: theirs.Module, *inputs: Tensor) -> list[Tensor]:
+    """Output, gradients, buffers."""
+    model.zero_grad()
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
+    y = model(*inputs)
+    (y * torch.linspace(-1, 2, y.numel(), device=y.device).reshape(y.shape)).sum().backward()
+    gradients = [t.grad for t in (*inputs, *model.parameters()) if t.grad is not None]
+    return [y, *gradients, *(b.clone() for b in model.buffers())]
+
+
+def compare(model: theirs.Module, *inputs: Tensor, fused: int, converted: int | None = None) -> None:
+    """Converted it gives the same; restored it is what it was."""
+    reference = copy.deepcopy(model)
+    before = {module: dict(module.__dict__) for module in model.modules()}
+    names, parameters = list(model.state_dict()), list(model.parameters())
+    assert normops.convert(model) is model
+    rows = normops.report(model)
+    assert sum(bool(row.fused) for row in rows) == fused, str(rows)
+    assert sum(bool(row.now) for row in rows) == (len(rows) if converted is None else converted), str(rows)
+    assert list(model.state_dict()) == names
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    for training in (True, False):
+        got, expected = results(model.train(training), *inputs), results(reference.train(training), *inputs)
+        near(got, expected, f"training={training}")
+    again = normops.convert(normops.restore(model))  # as often as one likes
+    assert normops.report(again) == rows and normops.restore(model) is model
+    reference.load_state_dict(model.state_dict())
+    for (module, was), other in zip(before.items(), reference.modules(), strict=True):
+        assert type(module) is type(other) and module.__dict__.keys() == was.keys()
+    assert list(model.modules()) == list(before)
+    torch.testing.assert_close(model(*inputs), reference(*inputs), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_norms(name: str, device: torch.device) -> None:
+    norm = NORMS[name]().to(device)
+    before = type(norm)
+    compare(norm, input_of(norm, device), fused=0)
+    normops.convert(norm)
+    assert type(norm) is getattr(nn, before.__name__) and normops.report(norm)[0].was == f"torch.nn.{before.__name__}"
+
+
+ACTIVATIONS = (
+    theirs.ReLU(inplace=True), theirs.SiLU(), theirs.GELU(), theirs.GELU("tanh"), theirs.Sigmoid(), theirs.Tanh(),
+    theirs.Hardswish(), theirs.LeakyReLU(),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_in_a_sequence(activation: theirs.Module, device: torch.device) -> None:
+    model = theirs.Sequential(theirs.Linear(5, 6), theirs.LayerNorm(6), activation, theirs.Linear(6, 2)).to(device)
+    compare(model, torch.randn(4, 5, device=device), fused=1)
+    normops.convert(model)
+    assert len(model) == 4 and isinstance(model[2], theirs.Identity) and repr(activation) in repr(model[2])
+
+
+def test_what_may_not_be_fused_in_a_sequence(device: torch.device) -> None:
+    def sequence(act: theirs.Module) -> theirs.Sequential:
+        return theirs.Sequential(theirs.LayerNorm(6), act).to(device)
+
+    seen: list[Tensor] = []
+    hooked = sequence(theirs.ReLU())
+    hooked[0].register_forward_hook(lambda module, args, y: seen.append(y))
+    shared = sequence(theirs.ReLU())
+    shared.append(shared[0])
+    for model in (hooked, shared, sequence(theirs.LeakyReLU(0.2)), sequence(theirs.Softplus())):
+        compare(model, torch.randn(4, 6, device=device), fused=0)
+    assert normops.report(normops.convert(hooked))[0].reason == "a hook looks between it and 1"
+    assert normops.report(normops.convert(shared))[0].reason == "it is used in several places"
+    hooked(torch.randn(4, 6, device=device))
+    assert seen[-1].min() < 0, "the hook saw what the activation made of it"
+
+
+@pytest.mark.parametrize("name", networks.BLOCKS)
+def test_blocks(name: str, device: torch.device) -> None:
+    """Blocks as networks have them, by what is joined in each."""
+    make, shapes, fused = networks.BLOCKS[name]
+    torch.manual_seed(1)
+    model = make().to(device)
+    compare(model, *(torch.randn(shape, device=device) for shape in shapes), fused=len(fused))
+    rows = normops.report(normops.convert(model))
+    assert {row.path: row.fused for row in rows if row.fused} == fused
+
+
+@pytest.mark.parametrize("name", networks.LEFT)
+def test_blocks_that_are_left(name: str, device: torch.device) -> None:
+    """Converted, and not fused, with the reason in the report."""
+    make, shapes, reason = networks.LEFT[name]
+    model = make().to(device)
+    compare(model, *(torch.randn(shape, device=device) for shape in shapes), fused=0)
+    assert any(reason in row.reason for row in normops.report(normops.convert(model))), normops.report(model)
+
+
+def test_sums_of_other_shapes_and_types(device: torch.device) -> None:
+    """What the kernels add has the shape and dtype of x; whatever else comes is added as it was."""
+    model = networks.BLOCKS["sum before, by hand"][0]().to(device)
+    reference = copy.deepcopy(model)
+    normops.convert(model)
+    x = torch.randn(2, 6, 5, device=device)
+    for y in (torch.randn(5, device=device), 2.0):
+        near([model(x, y)], [reference(x, y)])
+    block = normops.convert(Basic(4)).to(device)
+    plain = normops.restore(copy.deepcopy(block))
+    block.downsample = plain.downsample = theirs.AdaptiveAvgPool2d(1)  # what is added is (N, C, 1, 1) now
+    x = torch.randn(2, 4, 3, 3, device=device)
+    near([block(x)], [plain(x)])
+    assert block.bn2.activation == "relu"
+
+
+def test_three_steps_of_an_optimiser_that_knows_the_parameters(device: torch.device) -> None:
+    torch.manual_seed(2)
+    model = theirs.Sequential(theirs.Conv2d(3, 4, 1), theirs.GroupNorm(2, 4), theirs.SiLU(), Basic(4)).to(device)
+    reference = copy.deepcopy(model)
+    optimisers = [torch.optim.SGD(m.parameters(), lr=0.05, momentum=0.9) for m in (model, reference)]
+    normops.convert(model)
+    for _ in range(3):
+        x = torch.randn(2, 3, 4, 4, device=device)
+        for m, optimiser in zip((model, reference), optimisers, strict=True):
+            optimiser.zero_grad()
+            m(x).square().mean().backward()
+            optimiser.step()
+    near(model.state_dict().values(), reference.state_dict().values())
+
+
+def test_copies_and_pickles(device: torch.device) -> None:
+    model = theirs.Sequential(Basic(4), networks.LlamaRMSNorm(4), theirs.LayerNorm(3), theirs.ReLU()).to(device)
+    normops.convert(model)
+    x = torch.randn(2, 4, 3, 3, device=device)
+    expected = model[0](x)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(other[0].eval()(x), model[0].eval()(x)) and expected.shape == x.shape
+        assert [type(m) for m in other.modules()] == [type(m) for m in model.modules()]
+        assert normops.report(other) == normops.report(model)
+        assert type(normops.restore(other)[0]) is Basic and type(model[0]) is not Basic
+
+
+def test_compiled(device: torch.device) -> None:
+    model = theirs.Sequential(theirs.Conv2d(3, 4, 1), Basic(4), theirs.GroupNorm(2, 4), theirs.SiLU()).to(device)
+    x = torch.randn(2, 3, 4, 4, device=device)
+    expected = results(copy.deepcopy(model), x)
+    near(results(torch.compile(normops.convert(model), backend="aot_eager", fullgraph=True), x), expected)
+
+
+@pytest.mark.parametrize("name", networks.FOREIGN)
+def test_norms_of_other_libraries(name: str, device: torch.device) -> None:
+    """Known by what they compute; they stay what they are to isinstance, and keep their names."""
+    make, shape = networks.FOREIGN[name]
+    norm = make().to(device)
+    before = type(norm)
+    compare(norm, torch.randn(shape, device=device), fused=0)
+    assert isinstance(normops.convert(norm), before) and type(norm).__name__ == before.__name__
+
+
+@pytest.mark.parametrize("name", networks.OTHER_FORMULAS)
+def test_other_formulas_are_left_alone(name: str, device: torch.device) -> None:
+    make, reason = networks.OTHER_FORMULAS[name]
+    norm = make()
+    before = type(norm)
+    (row,) = normops.report(normops.convert(norm))
+    assert type(norm) is before and row.now == "" and reason in row.reason and taken(norm) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_llama_rounds_before_the_weight(dtype: torch.dtype, device: torch.device) -> None:
+    """As its own code does, to the bit where the rounding of fp32 sums allows: not one of a hundred differs."""
+    norm = networks.LlamaRMSNorm(256).to(device, dtype)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+    x = torch.randn(16, 256, device=device).to(dtype)
+    expected = norm(x)
+    got = normops.convert(norm)(x)
+    if dtype == torch.float16:
+        assert (got != expected).double().mean() < 0.01
+        once = normops.functional.rms_norm(x, (256,), norm.weight, norm.variance_epsilon)
+        assert (once != expected).double().mean() > 0.1, "it makes no difference"
+    else:
+        near([got], [expected])
+
+
+def test_a_transformer_layer_and_its_fast_path(device: torch.device) -> None:
+    layer = theirs.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).to(device)
+    x = torch.randn(2, 5, 8, device=device)
+    compare(layer, x, fused=0)
+    normops.convert(layer.eval())
+    with torch.no_grad():
+        near([layer(x)], [normops.restore(copy.deepcopy(layer))(x)])
+
+
+@pytest.fixture
+def converters() -> Iterator[None]:
+    before = dict(conversion._converters)
+    yield
+    conversion._converters.clear()
+    conversion._converters.update(before)
+
+
+@pytest.mark.usefixtures("converters")
+@pytest.mark.parametrize("by", ["class", "name"])
+def test_converters_of_users(by: str) -> None:
+    class Ours(networks.Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return normops.functional.layer_norm(x, (4,), self.weight * 2)
+
+    name = f"{networks.Scaled.__module__}.Scaled"
+    normops.register_converter(networks.Scaled if by == "class" else name, lambda module: Ours)
+    x, norm = torch.randn(3, 4), networks.Scaled(4)
+    expected = norm(x)
+    near([normops.convert(norm)(x)], [expected])
+    assert type(norm) is Ours and type(normops.restore(norm)) is networks.Scaled
+    with pytest.raises(TypeError, match="expected a class or its name, and a function, got 3"):
+        normops.register_converter(3, lambda module: None)  # type: ignore[arg-type]
+
+
+def test_bad_input() -> None:
+    for function in (normops.convert, normops.restore):
+        with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):
+            function([])  # type: ignore[arg-type]
+
+
+def test_what_is_ours_is_left_and_reported() -> None:
+    model = theirs.Sequential(nn.LayerNorm(4), theirs.ReLU())
+    normops.convert(model)
+    assert type(model[0]) is nn.LayerNorm and isinstance(model[1], theirs.ReLU)
+    assert [row.reason for row in normops.report(model)] == ["it is ours"]
+    assert TF.relu(torch.ones(1)) == 1
