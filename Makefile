@@ -1,4 +1,6 @@
 # make test      lint, then every test; without a GPU the kernels run in Triton's interpreter
+# make check     lint, types, and the values of every norm, layout and direction: for between two edits
+# make networks  models of transformers and diffusers taken over, in an environment that has these
 # make bench     the benchmark
 # make lint      ruff and mypy
 # make versions  compile the layouts of the tests with several versions of Triton (VERSIONS="3.6 3.9": with these)
@@ -10,12 +12,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test bench lint versions spills clean
+.PHONY: test check networks bench lint versions spills clean
 
 # by file: what a module prepares for its tests, one process prepares; in order, so that the long files do not come last
 test: .venv/.stamp
+	@echo "lint, then every test: about 7 minutes on 2 idle cores"
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
+
+check: .venv/.stamp
+	@echo "lint, types, and the values of every norm, layout and direction: about 80 seconds on 2 idle cores"
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests/test_values.py tests/test_layout.py tests/test_layering.py
+
+networks: .venv/.stamp
+	$(BIN)/pip install -q -c constraints.txt -e '.[models]'
+	$(BIN)/python -m pytest -n 2 -q tests/test_networks.py
 
 bench: .venv/.stamp
 	$(BIN)/python -m bench

@@ -15,15 +15,24 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Editor:
-    """`free`: whether a norm of that name in self may do more; `activation`: the name of what a call is of, if that is
-    one; `constant`: what a test is, where it will always be that.  `found` is what was joined, by the norm's name."""
+class Pruned(ast.NodeTransformer):
+    """Without the branches that are never taken; `constant`: what a test is, where it will always be that."""
 
-    def __init__(
-        self, free: Callable[[str], bool], activation: Callable[[ast.Call], str | None],
-        constant: Callable[[ast.expr], bool | None],
-    ) -> None:  # fmt: skip
-        self.free, self.name_of, self.constant = free, activation, constant
+    def __init__(self, constant: Callable[[ast.expr], bool | None]) -> None:
+        self.constant = constant
+
+    def visit_If(self, node: ast.If) -> Any:
+        self.generic_visit(node)
+        known = self.constant(node.test)
+        return node if known is None else (node.body if known else node.orelse) or ast.Pass()
+
+
+class Editor:
+    """`free`: names of norms in self that may do more; `activation`: the name of what a call is of, if that is one.
+    `found` is what was joined, by the norm's name."""
+
+    def __init__(self, free: set[str], activation: Callable[[ast.Call], str | None]) -> None:
+        self.free, self.name_of = free, activation
         self.found: dict[str, str] = {}
 
     def norm(self, node: ast.AST | None) -> str | None:
@@ -31,7 +40,7 @@ class Editor:
         if not (isinstance(node, ast.Call) and is_self(node.func) and len(node.args) == 1 and not node.keywords):
             return None
         name: str = node.func.attr  # type: ignore[attr-defined]
-        fits = name not in self.found and not isinstance(node.args[0], ast.Starred) and self.free(name)
+        fits = name not in self.found and not isinstance(node.args[0], ast.Starred) and name in self.free
         return name if fits else None
 
     def activation(self, node: ast.AST | None) -> tuple[str, ast.expr] | None:
@@ -67,7 +76,7 @@ class Editor:
                 return inner
             if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.Add):
                 for call, other in ((inner.left, inner.right), (inner.right, inner.left)):
-                    if (norm := self.norm(call)) is not None:
+                    if (norm := self.norm(call)) is not None and not _touches([other], call):
                         self.found[norm] = f"post_add {name}"
                         return _call("post_added", call.func, call.args[0], other, ast.Constant(name))  # type: ignore[attr-defined]
         if (norm := self.norm(node)) is not None:
@@ -81,7 +90,6 @@ class Editor:
     # Statements
 
     def block(self, body: list[ast.stmt]) -> list[ast.stmt]:
-        body = self.pruned(body)
         for statement in body:
             for part in ("body", "orelse", "finalbody"):
                 inner = getattr(statement, part, None)
@@ -92,17 +100,6 @@ class Editor:
         out: list[ast.stmt] = []
         while body:
             out += self.statements(body)
-        return out
-
-    def pruned(self, body: list[ast.stmt]) -> list[ast.stmt]:
-        """Without the branches that are never taken."""
-        out: list[ast.stmt] = []
-        for statement in body:
-            known = self.constant(statement.test) if isinstance(statement, ast.If) else None
-            if known is None:
-                out.append(statement)
-            else:
-                out += self.pruned(statement.body if known else statement.orelse)  # type: ignore[attr-defined]
         return out
 
     def statements(self, body: list[ast.stmt]) -> list[ast.stmt]:
@@ -123,6 +120,8 @@ class Editor:
                 other = _added(statement, v)
                 acted = self.acted(rest[i + 1], v) if other is not None and i + 1 < len(rest) else None
                 if other is not None and acted is not None:
+                    if _touches([*rest[:i], other], value):
+                        break
                     name, last = acted
                     self.found[norm] = f"post_add {name}"
                     call: Any = value
@@ -180,6 +179,14 @@ def _added(statement: ast.stmt, v: str) -> ast.expr | None:
             if isinstance(mine, ast.Name) and mine.id == v and not _mentions(other, v):
                 return other
     return None
+
+
+def _touches(nodes: list[Any], norm: Any) -> bool:
+    """Whether a call among these may change, in place, what a norm is called with, and which is not made for it."""
+    x = norm.args[0]
+    names = set() if isinstance(x, ast.Call) else {n.id for n in ast.walk(x) if isinstance(n, ast.Name)}
+    calls = [n for node in nodes for n in ast.walk(node) if isinstance(n, (ast.Call, ast.AugAssign))]
+    return any(_mentions(call, name) for call in calls for name in names - {"self"})
 
 
 def _mentions(node: ast.AST, v: str) -> bool:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import __future__
 
 import ast
+import copy
 import inspect
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import pairwise
 from types import FunctionType
 from typing import Any
@@ -20,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from . import activations
-from .editing import Editor, is_self
+from .editing import Editor, Pruned, is_self
 from .nn import _Fused
 
 _PLACE = "_normops_taken"
@@ -95,11 +98,12 @@ def fuse(model: Module) -> None:
         for child in module._modules.values():
             if child is not None:
                 uses[child] = uses.get(child, 0) + 1
+    elsewhere = _elsewhere(model)
     for module in list(model.modules()):
         if getattr(type(module), "forward", None) is torch.nn.Sequential.forward:
             _fuse_sequential(module, uses)
         elif taken(module) is None and any(_free(child) for child in module._modules.values()):
-            _fuse_methods(module, uses)
+            _fuse_methods(module, uses, elsewhere)
 
 
 def _fuse_sequential(module: Module, uses: dict[Module, int]) -> None:
@@ -166,40 +170,44 @@ def pre_added(norm: Any, x: Any, added: Any) -> tuple[Any, Any]:
 # ------------------------------------------------------------------------------------------------------------- methods
 
 
-def _methods(kind: type) -> dict[str, FunctionType]:
-    """What a class and its bases define in Python, up to torch.nn's own."""
-    found: dict[str, FunctionType] = {}
-    for base in kind.__mro__:
-        if base is Module or base.__module__.startswith("torch.nn.modules"):
-            break
-        for name, value in vars(base).items():
-            if isinstance(value, FunctionType) and not name.startswith("__"):
-                found.setdefault(name, value)
-    return found
+def _functions(kind: type) -> list[tuple[str, FunctionType]]:
+    """What a class and its bases define in Python, up to torch.nn's own; those that hide others first."""
+    bases = [b for b in kind.__mro__ if not b.__module__.startswith("torch.nn.modules")]
+    members = [(name, value) for base in bases for name, value in vars(base).items()]
+    return [(name, value) for name, value in members if isinstance(value, FunctionType) and not name.startswith("__")]
 
 
-def _syntax(name: str, function: FunctionType) -> ast.FunctionDef | str:
-    """The definition of a method, or why it cannot be edited."""
+@cache
+def _syntax(function: FunctionType) -> ast.FunctionDef | None:
+    """The definition of a function, where its source can be read."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        found = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
+        return None
+    return found if isinstance(found, ast.FunctionDef) else None
+
+
+def _obstacle(name: str, function: FunctionType) -> str:
+    """Why the source of a method cannot be edited, or ""."""
+    tree = _syntax(function)
+    if tree is None:
         return "has no source to be read"
-    found = tree.body[0]
     if inspect.unwrap(function).__closure__:
         return "calls super(), or what is around it"
-    if not isinstance(found, ast.FunctionDef) or found.name != name:
+    if tree.name != name or not tree.args.args or tree.args.args[0].arg != "self":
         return "is made by another function"
-    return found if found.args.args and found.args.args[0].arg == "self" else "has no self"
+    return ""
 
 
-def _resolved(node: ast.AST, names: dict[str, Any]) -> Any:
-    """The object that a dotted name stands for."""
+def _resolved(node: ast.AST, function: FunctionType) -> Any:
+    """The object that a dotted name stands for in a function, where it is none of its own variables."""
     if isinstance(node, ast.Name):
-        return names.get(node.id)
-    return getattr(_resolved(node.value, names), node.attr, None) if isinstance(node, ast.Attribute) else None
+        inner: Any = inspect.unwrap(function)
+        return None if node.id in inner.__code__.co_varnames else inner.__globals__.get(node.id)
+    return getattr(_resolved(node.value, function), node.attr, None) if isinstance(node, ast.Attribute) else None
 
 
-def _activation(module: Module, names: dict[str, Any], node: ast.Call) -> str | None:
+def _activation(module: Module, function: FunctionType, node: ast.Call) -> str | None:
     """The name of the activation that a call is of: a child's, an attribute's, or a function's."""
     given: Any
     if is_self(node.func):
@@ -207,7 +215,7 @@ def _activation(module: Module, names: dict[str, Any], node: ast.Call) -> str | 
         if isinstance(given, Module) and _hooked(given):
             return None
     else:
-        given = _resolved(node.func, names)
+        given = _resolved(node.func, function)
     options = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
     if len(options) < len(node.keywords):
         return None
@@ -226,68 +234,62 @@ def _constant(module: Module, test: ast.expr) -> bool | None:
     return None
 
 
-def _fuse_methods(module: Module, uses: dict[Module, int]) -> None:
-    methods = _methods(type(module))
-    trees = {name: _syntax(name, function) for name, function in methods.items()}
-    norms = {name for name, child in module._modules.items() if _free(child)}
+def _fuse_methods(module: Module, uses: dict[Module, int], elsewhere: set[str]) -> None:
+    norms: dict[str, Any] = {name: child for name, child in module._modules.items() if _free(child)}
+    functions = _functions(type(module))
+    methods = dict(reversed(functions))
+    if not any(inspect.unwrap(function).__closure__ for function in methods.values()):
+        functions = list(methods.items())  # none calls super(): what is hidden is never called
+    prune, trees = Pruned(partial(_constant, module)), {}
+    for _, function in functions:
+        if (found := _syntax(function)) is not None:
+            trees[function] = prune.visit(copy.deepcopy(found))
+    nodes: Any = (node for tree in trees.values() for node in ast.walk(tree))
+    mentioned = Counter(node.attr for node in nodes if is_self(node))
+    for name, norm in norms.items():
+        taken(norm).reason = (  # type: ignore[union-attr]
+            "it has a hook" if _hooked(norm) else "it is used in several places" if uses[norm] > 1
+            else "it is called more than once" if mentioned[name] > 1 else "another module calls it"
+            if name in elsewhere else ""
+        )  # fmt: skip
+    free = {name for name, norm in norms.items() if not taken(norm).reason}  # type: ignore[union-attr]
     edited: dict[str, str] = {}
     joined: dict[str, str] = {}
-    for name, tree in trees.items():
-        if isinstance(tree, str) or name in module.__dict__:  # the instance has another one
+    obstacle = ""
+    for name, function in methods.items():
+        why = "is the instance's own" if name in module.__dict__ else _obstacle(name, function)
+        tree = trees.get(function)
+        if why or tree is None:
+            obstacle = f"{name} {why}" if name == "forward" else obstacle
             continue
-        editor = Editor(
-            lambda norm: norm in norms and norm not in joined and uses[module._modules[norm]] == 1,  # type: ignore[index]
-            lambda node, function=methods[name]: _activation(module, _names(function), node),  # type: ignore[misc]
-            lambda test: _constant(module, test),
-        )
+        editor = Editor(free - joined.keys(), partial(_activation, module, function))
         tree.body = editor.block(tree.body)
         if editor.found:
             joined.update(editor.found)
             edited[name] = ast.unparse(ast.fix_missing_locations(tree if tree.decorator_list else _bare(tree)))
-    calls = _calls(edited, trees)
-    for norm in list(joined):
-        if calls.get(norm, 0) != 1 or _hooked(module._modules[norm]):  # type: ignore[arg-type]
-            for each in norms:
-                _reason(module._modules[each], f"{norm} is called more than once, or has a hook")
-            return
-    for norm in norms - set(joined):
-        why = [f"{name} {tree}" for name, tree in trees.items() if isinstance(tree, str) and name == "forward"]
-        _reason(module._modules[norm], why[0] if why else "")
-    if not joined:
-        return
     try:
         kind = _edited(type(module), tuple(sorted(edited.items())))
     except Exception as error:  # of decorators and annotations, which may ask for anything
-        for norm in norms:
-            _reason(module._modules[norm], f"its source does not run again: {error}")
+        joined, obstacle = {}, f"its source does not run again: {error}"
+    for name in free - joined.keys():
+        taken(norms[name]).reason = obstacle  # type: ignore[union-attr]
+    if not joined:
         return
     take(module, Taken(type(module), norm=False))
     module.__class__ = kind
-    for norm, what in joined.items():
-        child = module._modules[norm]
-        if what == "pre_add":
-            taken(child).fused.append(what)  # type: ignore[union-attr, arg-type]
-        else:
-            _activate(child, what.removeprefix("post_add "))
-            if what.startswith("post_add"):
-                taken(child).fused.insert(-1, "post_add")  # type: ignore[union-attr, arg-type]
+    for name, what in joined.items():
+        if what.startswith("p"):
+            taken(norms[name]).fused.append(what.split()[0])  # type: ignore[union-attr]
+        if what != "pre_add":
+            _activate(norms[name], what.removeprefix("post_add "))
 
 
-def _reason(norm: Any, text: str) -> None:
-    state = taken(norm)
-    if state is not None and text:
-        state.reason = text
-
-
-def _calls(edited: dict[str, str], trees: dict[str, ast.FunctionDef | str]) -> dict[str, int]:
-    """How often each attribute of self is mentioned."""
-    found: dict[str, int] = {}
-    for name, tree in trees.items():
-        source: ast.AST | None = ast.parse(edited[name]) if name in edited else None if isinstance(tree, str) else tree
-        for node in ast.walk(source) if source is not None else ():
-            if is_self(node):
-                found[node.attr] = found.get(node.attr, 0) + 1  # type: ignore[attr-defined]
-    return found
+def _elsewhere(model: Module) -> set[str]:
+    """Names of what modules of a model call in something that is not they: ``block.norm(x)``."""
+    kinds = {type(module) for module in model.modules()}
+    trees = {_syntax(function) for kind in kinds for _, function in _functions(kind)} - {None}
+    calls = (node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))  # type: ignore[arg-type]
+    return {called.attr for called in calls if isinstance(called, ast.Attribute) and not is_self(called)}
 
 
 def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
@@ -302,17 +304,12 @@ def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
     return tree
 
 
-def _names(function: FunctionType) -> dict[str, Any]:
-    """What a method's global names stand for."""
-    found: dict[str, Any] = inspect.unwrap(function).__globals__
-    return found
-
-
 def _compiled(original: FunctionType, source: str, place: str) -> Any:
     """A method of an edited source: decorated anew, or with the annotations and defaults of the original."""
-    flags = inspect.unwrap(original).__code__.co_flags & ANNOTATIONS
+    inner: Any = inspect.unwrap(original)
+    flags = inner.__code__.co_flags & ANNOTATIONS
     found: dict[str, Any] = {}
-    exec(compile(source, place, "exec", flags, dont_inherit=True), _names(original), found)
+    exec(compile(source, place, "exec", flags, dont_inherit=True), inner.__globals__, found)
     method = found[original.__name__]
     if not hasattr(original, "__wrapped__"):
         method.__defaults__, method.__kwdefaults__ = original.__defaults__, original.__kwdefaults__
@@ -335,9 +332,10 @@ def _edited(theirs: type, sources: tuple[tuple[str, str], ...]) -> type:
             "__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__reduce_ex__": __reduce_ex__,
             "_normops_pre_added": staticmethod(pre_added), "_normops_post_added": staticmethod(post_added),
         }  # fmt: skip
+        methods = dict(reversed(_functions(theirs)))
         for name, source in sources:
             where = f"<{theirs.__qualname__}.{name}, edited by normops>"
-            place[name] = _compiled(_methods(theirs)[name], source, where)
+            place[name] = _compiled(methods[name], source, where)
         _kinds[theirs, sources] = type(theirs.__name__, (theirs,), place)
     return _kinds[theirs, sources]
 

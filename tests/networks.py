@@ -124,6 +124,13 @@ class ByHand(nn.Module):
         return h
 
 
+class Overriding(ByHand):
+    """Whose base calls the norm too, in a method that is hidden."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + y
+
+
 class Twice(ByHand):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.relu(self.norm(x)) + F.relu(self.norm(y))
@@ -154,6 +161,58 @@ class Between(ByHand):
         return h * scale + y
 
 
+class Peeked(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(c)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + y
+
+
+class Peeking(nn.Module):
+    """Which calls the norm of a module in it."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.inner = Peeked(c)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.inner(x, y) + self.inner.norm(y)
+
+
+class InPlace(nn.Module):
+    """Whose norm reads what a branch then changes in place."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+        self.branch = nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(c, c, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        out = self.norm(x)
+        shortcut = self.branch(x)
+        out += shortcut
+        out = F.relu(out)
+        x = self.first(out)
+        return F.relu(self.last(x) + self.branch(x))
+
+
+class Shadowed(ByHand):
+    """Whose F is no module of PyTorch's."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        F = Doubling
+        return F.relu(self.norm(x)) + y
+
+
+class Doubling:
+    @staticmethod
+    def relu(x: Tensor) -> Tensor:
+        return x * 2
+
+
 def replaced() -> nn.Module:
     """Whose forward is the instance's own, as hooks of accelerate make it."""
     block: Any = Basic(4)
@@ -180,16 +239,19 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], dict[str
     "denoising, scaled": (lambda: Denoising(4, "scale"), [IMAGE, (2, 5)], {"norm1": SILU}),
     "before attention": (lambda: PreNorm(6), [(2, 5, 6)], {"post_norm": "pre_add"}),
     "after attention": (lambda: PostNorm(6), [(2, 5, 6), (2, 5, 6)], {"norm": "pre_add", "after": "pre_add"}),
+    "overriding": (lambda: Overriding(5), [(2, 6, 5), (2, 6, 5)], {"norm": RELU}),
     "sum before, by hand": (lambda: ByHand(5), [(2, 6, 5), (2, 6, 5)], {"norm": "pre_add"}),
 }  # fmt: skip
 ROWS: list[tuple[int, ...]] = [(2, 6, 5), (2, 6, 5)]
 LEFT: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], str]] = {
-    "called twice": (lambda: Twice(5), ROWS, ""),
+    "called twice": (lambda: Twice(5), ROWS, "it is called more than once"),
     "super": (lambda: Super(5), ROWS, "forward calls super()"),
-    "called elsewhere": (lambda: Outside(5), ROWS, "norm is called more than once"),
+    "called elsewhere": (lambda: Outside(5), ROWS, "it is called more than once"),
+    "called by another": (lambda: Peeking(5), ROWS, "another module calls it"),
+    "a name of its own": (lambda: Shadowed(5), ROWS, ""),
     "looked at": (lambda: Between(5), ROWS, ""),
-    "a forward of its own": (replaced, [IMAGE], ""),
-    "hooked": (hooked, [IMAGE], "has a hook"),
+    "a forward of its own": (replaced, [IMAGE], "forward is the instance's own"),
+    "hooked": (hooked, [IMAGE], "it has a hook"),
 }
 
 

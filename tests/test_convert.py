@@ -157,6 +157,17 @@ def test_sums_of_other_shapes_and_types(device: torch.device) -> None:
     assert block.bn2.activation == "relu"
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_branch_that_changes_the_input_in_place(training: bool, device: torch.device) -> None:
+    """No norm reads its input later than it did: without gradients PyTorch lets others write to it."""
+    block = networks.InPlace(4).to(device).train(training)
+    reference = copy.deepcopy(block)
+    x = torch.randn(2, 4, 5, 3, device=device)
+    with torch.no_grad():
+        near([normops.convert(block)(x)], [reference(x)])
+    assert not any(row.fused for row in normops.report(block))
+
+
 def test_three_steps_of_an_optimiser_that_knows_the_parameters(device: torch.device) -> None:
     torch.manual_seed(2)
     model = theirs.Sequential(theirs.Conv2d(3, 4, 1), theirs.GroupNorm(2, 4), theirs.SiLU(), Basic(4)).to(device)
