@@ -177,7 +177,7 @@ def report(model: Module) -> Report:
     >>> import torch, normops
     >>> print(normops.report(normops.convert(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.SiLU()))))
     module  was                 is         fused with       why not
-    0       torch.nn.LayerNorm  LayerNorm  activation silu
+    0       torch.nn.LayerNorm  LayerNorm  activation silu  -
     """
     rows = Report()
     for path, module in _named(model):

@@ -172,7 +172,8 @@ def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr | None]:
 def _added(statement: ast.stmt, v: str) -> ast.expr | None:
     """e of ``v += e``, ``v = v + e`` and ``v = e + v``."""
     if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
-        return statement.value if isinstance(statement.target, ast.Name) and statement.target.id == v else None
+        same = isinstance(statement.target, ast.Name) and statement.target.id == v
+        return statement.value if same and not _mentions(statement.value, v) else None
     target, value = _assigned(statement)
     if target == v and isinstance(value, ast.BinOp) and isinstance(value.op, ast.Add):
         for mine, other in ((value.left, value.right), (value.right, value.left)):

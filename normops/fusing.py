@@ -173,8 +173,13 @@ def pre_added(norm: Any, x: Any, added: Any) -> tuple[Any, Any]:
 def _functions(kind: type) -> list[tuple[str, FunctionType]]:
     """What a class and its bases define in Python, up to torch.nn's own; those that hide others first."""
     bases = [b for b in kind.__mro__ if not b.__module__.startswith("torch.nn.modules")]
-    members = [(name, value) for base in bases for name, value in vars(base).items()]
+    members = [(name, _plain(value)) for base in bases for name, value in vars(base).items()]
     return [(name, value) for name, value in members if isinstance(value, FunctionType) and not name.startswith("__")]
+
+
+def _plain(member: Any) -> Any:
+    """The function of a property, or of a method without self."""
+    return getattr(member, "fget", None) or getattr(member, "__func__", member)
 
 
 @cache
@@ -245,12 +250,13 @@ def _fuse_methods(module: Module, uses: dict[Module, int], elsewhere: set[str]) 
         if (found := _syntax(function)) is not None:
             trees[function] = prune.visit(copy.deepcopy(found))
     nodes: Any = (node for tree in trees.values() for node in ast.walk(tree))
-    mentioned = Counter(node.attr for node in nodes if is_self(node))
+    mentioned = Counter(name for node in nodes for name in _asked(node))
+    through = mentioned.keys() & {"children", "named_children", "modules", "named_modules", "_modules"}
     for name, norm in norms.items():
         taken(norm).reason = (  # type: ignore[union-attr]
             "it has a hook" if _hooked(norm) else "it is used in several places" if uses[norm] > 1
             else "it is called more than once" if mentioned[name] > 1 else "another module calls it"
-            if name in elsewhere else ""
+            if name in elsewhere else "its module goes through all that it has" if through else ""
         )  # fmt: skip
     free = {name for name, norm in norms.items() if not taken(norm).reason}  # type: ignore[union-attr]
     edited: dict[str, str] = {}
@@ -258,6 +264,8 @@ def _fuse_methods(module: Module, uses: dict[Module, int], elsewhere: set[str]) 
     obstacle = ""
     for name, function in methods.items():
         why = "is the instance's own" if name in module.__dict__ else _obstacle(name, function)
+        if not isinstance(inspect.getattr_static(type(module), name), FunctionType):
+            why = "is no method"
         tree = trees.get(function)
         if why or tree is None:
             obstacle = f"{name} {why}" if name == "forward" else obstacle
@@ -288,8 +296,24 @@ def _elsewhere(model: Module) -> set[str]:
     """Names of what modules of a model call in something that is not they: ``block.norm(x)``."""
     kinds = {type(module) for module in model.modules()}
     trees = {_syntax(function) for kind in kinds for _, function in _functions(kind)} - {None}
-    calls = (node.func for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call))  # type: ignore[arg-type]
-    return {called.attr for called in calls if isinstance(called, ast.Attribute) and not is_self(called)}
+    found: set[str] = set()
+    for node in (node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)):  # type: ignore[arg-type]
+        match node:
+            case ast.Call(func=ast.Attribute(attr=name) as called) if not is_self(called):
+                found.add(name)
+            case ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=str(name)), *_]):
+                found.add(name)
+    return found
+
+
+def _asked(node: ast.AST) -> list[str]:
+    """The name that is asked of self: as an attribute, or in a text, of getattr say."""
+    match node:
+        case ast.Attribute(attr=name) if is_self(node):
+            return [name]
+        case ast.Constant(value=str(name)):
+            return [name]
+    return []
 
 
 def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:

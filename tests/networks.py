@@ -161,6 +161,59 @@ class Between(ByHand):
         return h * scale + y
 
 
+class FusedProperty(ByHand):
+    """A property is counted, and left what it is."""
+
+    @property
+    def width(self) -> Tensor:
+        return F.relu(self.norm(self.norm.weight * 2))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x * self.width + y
+
+
+class ByProperty(ByHand):
+    @property
+    def other(self) -> nn.Module:
+        return self.norm
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + self.other(y)
+
+
+class ByName(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) + getattr(self, "norm")(y)  # noqa: B009
+
+
+class Walking(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = F.relu(self.norm(x))
+        for child in self.children():
+            y = child(y)
+        return x + y
+
+
+class Doubled(ByHand):
+    """What is added to the norm's result is that result."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.norm(x)
+        h += h
+        h = F.relu(h)
+        return h + y
+
+
+class Kept(ByHand):
+    """The result of the norm is used again, beside the activation's."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = self.norm(x)
+        r = h
+        h = F.relu(h)
+        return h + r * y
+
+
 class Peeked(nn.Module):
     def __init__(self, c: int) -> None:
         super().__init__()
@@ -247,6 +300,12 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], str]] = {
     "called twice": (lambda: Twice(5), ROWS, "it is called more than once"),
     "super": (lambda: Super(5), ROWS, "forward calls super()"),
     "called elsewhere": (lambda: Outside(5), ROWS, "it is called more than once"),
+    "in a property": (lambda: FusedProperty(5), ROWS, ""),
+    "a property": (lambda: ByProperty(5), ROWS, "it is called more than once"),
+    "by name": (lambda: ByName(5), ROWS, "it is called more than once"),
+    "walking": (lambda: Walking(5), ROWS, "its module goes through all that it has"),
+    "doubled": (lambda: Doubled(5), ROWS, ""),
+    "kept": (lambda: Kept(5), ROWS, ""),
     "called by another": (lambda: Peeking(5), ROWS, "another module calls it"),
     "a name of its own": (lambda: Shadowed(5), ROWS, ""),
     "looked at": (lambda: Between(5), ROWS, ""),
