@@ -249,15 +249,18 @@ def _fuse_methods(module: Module, uses: dict[Module, int], elsewhere: set[str]) 
     for _, function in functions:
         if (found := _syntax(function)) is not None:
             trees[function] = prune.visit(copy.deepcopy(found))
-    nodes: Any = (node for tree in trees.values() for node in ast.walk(tree))
-    mentioned = Counter(name for node in nodes for name in _asked(node))
-    through = mentioned.keys() & {"children", "named_children", "modules", "named_modules", "_modules"}
+    asked = {name: Counter[str]() for name, _ in functions}
+    for name, function in functions:
+        if function in trees:
+            asked[name].update(text for node in ast.walk(trees[function]) for text in _asked(node))
+    called, walks = sum(asked.values(), Counter[str]()), _walks(asked)
     for name, norm in norms.items():
-        taken(norm).reason = (  # type: ignore[union-attr]
-            "it has a hook" if _hooked(norm) else "it is used in several places" if uses[norm] > 1
-            else "it is called more than once" if mentioned[name] > 1 else "another module calls it"
-            if name in elsewhere else "its module goes through all that it has" if through else ""
-        )  # fmt: skip
+        reasons = {
+            "it has a hook": _hooked(norm), "it is used in several places": uses[norm] > 1,
+            "it is called more than once": called[name] > 1, "another module calls it": name in elsewhere,
+            "its module goes through all that it has": walks,
+        }  # fmt: skip
+        taken(norm).reason = next((reason for reason, holds in reasons.items() if holds), "")  # type: ignore[union-attr]
     free = {name for name, norm in norms.items() if not taken(norm).reason}  # type: ignore[union-attr]
     edited: dict[str, str] = {}
     joined: dict[str, str] = {}
@@ -290,6 +293,15 @@ def _fuse_methods(module: Module, uses: dict[Module, int], elsewhere: set[str]) 
             taken(norms[name]).fused.append(what.split()[0])  # type: ignore[union-attr]
         if what != "pre_add":
             _activate(norms[name], what.removeprefix("post_add "))
+
+
+def _walks(asked: dict[str, Counter[str]]) -> bool:
+    """Whether a forward, or a method that it calls, goes through all children; `asked`: what each asks of self."""
+    reached, more = set[str](), {"forward"}
+    while more:
+        reached |= more
+        more = {name for method in more & asked.keys() for name in asked[method]} - reached
+    return bool(reached & {"children", "named_children", "modules", "named_modules", "_modules"})
 
 
 def _elsewhere(model: Module) -> set[str]:
