@@ -53,9 +53,10 @@ def _run(
     if eps is None:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
-    if isinstance(eps, Tensor):
-        raise TypeError(f"{rule.__name__}: eps must be a float, got a Tensor of shape {tuple(eps.shape)}")
-    eps = float(eps)
+    if eps.__class__ is not float:
+        if isinstance(eps, Tensor):
+            raise TypeError(f"{rule.__name__}: eps must be a float, got a Tensor of shape {tuple(eps.shape)}")
+        eps = float(eps)
     moves = operands.running_mean is not None and not norm.given
     if moves and momentum is None:
         raise ValueError(NO_MOMENTUM.format(rule.__name__))
@@ -101,7 +102,7 @@ def _needed(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether any gradient may be asked for; not of inference tensors among themselves, whatever they say."""
     for t in tensors:  # any() takes several times as long
         if t is not None and t.requires_grad:
-            return not all(t is None or t.is_inference() for t in tensors)
+            return not t.is_inference() or not all(other is None or other.is_inference() for other in tensors)
     return False
 
 
