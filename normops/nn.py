@@ -156,6 +156,25 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
         return result
 
 
+    @property
+    def qconfig(self) -> Any:
+        """What PyTorch asks for where it is about to replace a norm, by a SyncBatchNorm or for quantisation.
+        RuntimeError where that would drop an activation without a word."""
+        if self.activation not in (None, "identity"):
+            raise RuntimeError(
+                f"a {type(self).__name__} with activation={self.activation!r} is about to be replaced by a module "
+                "without: call normops.restore(model) before, or build it without an activation"
+            )
+        try:
+            return self.__dict__["qconfig"]
+        except KeyError:
+            raise AttributeError("qconfig") from None
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        self.__dict__["qconfig"] = value
+
+
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
     def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):

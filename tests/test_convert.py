@@ -273,6 +273,22 @@ def test_converters_of_users(by: str) -> None:
         normops.register_converter(3, lambda module: None)  # type: ignore[arg-type]
 
 
+def test_what_would_drop_an_activation_is_refused() -> None:
+    """By PyTorch's own conversions, which replace a norm by its class alone."""
+    model = normops.convert(theirs.Sequential(theirs.Linear(3, 4), theirs.BatchNorm1d(4), theirs.ReLU()))
+    with pytest.raises(RuntimeError, match=r"a BatchNorm1d with activation='relu' is about to be replaced"):
+        theirs.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is nn.BatchNorm1d
+    synced = theirs.SyncBatchNorm.convert_sync_batchnorm(normops.restore(model))
+    assert type(synced[1]) is theirs.SyncBatchNorm and isinstance(synced[2], theirs.ReLU)
+    plain = theirs.SyncBatchNorm.convert_sync_batchnorm(normops.convert(theirs.Sequential(theirs.BatchNorm1d(4))))
+    assert type(plain[0]) is theirs.SyncBatchNorm
+    norm = nn.BatchNorm1d(4)
+    assert not hasattr(norm, "qconfig")
+    norm.qconfig = "some"
+    assert norm.qconfig == "some"
+
+
 def test_bad_input() -> None:
     for function in (normops.convert, normops.restore):
         with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got list"):

@@ -76,7 +76,7 @@ def check_tile(tile: Tile) -> None:
 
 
 def tiles(found: Layout, itemsize: int, acc: int) -> list[Tile]:
-    """Every tile that launch.py asks for."""
+    """Every tile of whole groups and of streams that plans ask for."""
     limits = schedule.limits()
     whole = [
         schedule.whole_groups(found, itemsize, acc, limits.forward, limits.tile, 1024),
@@ -244,3 +244,21 @@ def test_unknown_engines_are_refused_by_name() -> None:
 
 def test_states_of_units_begin_where_kernels_look_for_them() -> None:
     assert tickets.FIRST_STATE.value == ticketing.FIRST_STATE
+
+
+@pytest.mark.parametrize("streams", [1, 2, 3])
+@pytest.mark.parametrize(("itemsize", "acc"), SIZES)
+def test_tiles_of_planes_fit_the_registers(itemsize: int, acc: int, streams: int) -> None:
+    """64 elements a thread of 4 warps and 256 bytes of all streams, for planes of every size: 128 x 128 once had twice
+    that.  Pieces divide the plane, and are a line of memory or more."""
+    found = 0
+    for height, width in product(range(7, 260, 3), (7, 8, 28, 32, 56, 64, 96, 128, 180, 224, 256, 512)):
+        shape = (4, 3, height, width)
+        planes = coalesce(shape, (dense_strides(shape),), (0, 2, 3), (1,)).of_planes()
+        assert planes is not None
+        tile = schedule.plane_tile(planes, itemsize, acc, streams)
+        if tile is not None:
+            found += 1
+            assert tile.elements <= min(64 * 128, 256 * 128 // (streams * itemsize)) * 4 // acc
+            assert height * width % tile.length == 0 and tile.s * itemsize >= 128
+    assert found > 50
