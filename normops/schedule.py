@@ -229,6 +229,8 @@ def backward_groups(
     db of every element); or, where these do not fit and `single`, one group with x and dy as they came."""
     activated, pack = activation != "identity", limits().grad_tile
     limit = limits().backward_affine if affine else limits().backward
+    if itemsize == 4 and sideways(layout):
+        limit //= 2  # x and dy as they came take twice the registers, and addresses of columns theirs
     # With 16 warps ptxas aims at 64 registers a thread, and the derivative of SiLU spills there.
     tile = whole_groups(layout, itemsize, acc_bytes, limit, pack, 512, activated, 8 if activated else 16)
     if tile is None and single and not affine and itemsize == 2 and activation in MADE_TWICE:
