@@ -17,9 +17,6 @@ from . import activations
 from . import functional as F
 from .nn import _Fused
 
-TOLERANCE = 1e-4
-"""Of a probe in fp32: what roundings of another order may come to, and no other formula does."""
-
 
 class _Adopted(_Fused):
     """What candidates share: they are what the class was, but for forward, which takes pre_add and post_add too."""
@@ -40,6 +37,13 @@ class _Adopted(_Fused):
     def attributes(cls, module: Any) -> dict[str, Any]:
         """What a module has more once it is one."""
         return {}
+
+    def _promoted(self, x: Tensor, pre_add: Tensor | None, post_add: Tensor | None) -> dict[str, Any]:
+        """The extras of a norm whose result has the dtype of a product of x and weight."""
+        extras = self._extras(pre_add, post_add)
+        if self.weight is not None and self.weight.dtype != x.dtype:
+            extras["out_dtype"] = torch.promote_types(self.weight.dtype, x.dtype)
+        return extras
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -72,11 +76,8 @@ class RMSNorm(_Adopted):
 
     def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
         assert self.weight is not None
-        extras = self._extras(pre_add, post_add)
-        return F.rms_norm(x, tuple(self.weight.shape), self._scale(), _eps(self), round_first=True, **extras)
-
-    def _scale(self) -> Tensor | None:
-        return self.weight
+        extras = self._promoted(x, pre_add, post_add)
+        return F.rms_norm(x, tuple(self.weight.shape), self.weight, _eps(self), round_first=True, **extras)
 
 
 class OffsetRMSNorm(RMSNorm):
@@ -138,7 +139,7 @@ class FrozenBatchNorm(_Adopted):
         eps = _eps(self)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5 if eps is None else eps,
-            **self._extras(pre_add, post_add),
+            **self._promoted(x, pre_add, post_add),
         )  # fmt: skip
 
 
@@ -236,12 +237,17 @@ def _again(candidate: type, theirs: type) -> Any:
     return kind.__new__(kind)
 
 
-def _same(module: Any, candidate: type[_Adopted]) -> bool:
-    """Whether a copy of the module in fp32 gives the same numbers with the forward of a candidate."""
-    original = copy.deepcopy(module).to(torch.float32)
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+"""Of a probe, by the dtype of x: what roundings of another order may come to, and no other formula does."""
+
+
+def _same(module: Any, candidate: type[_Adopted], parameters: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a copy of the module on the CPU gives the same with the forward of a candidate, for parameters and x of
+    such dtypes; or refuses them."""
+    original = copy.deepcopy(module)
     if any(t.is_meta for t in _tensors(module).values()):
         original = original.to_empty(device="cpu")
-    original = original.cpu()
+    original = original.cpu().to(parameters)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for t in _tensors(original).values():
@@ -250,12 +256,16 @@ def _same(module: Any, candidate: type[_Adopted]) -> bool:
         ours = copy.deepcopy(original)
         ours.__class__ = adopted(candidate, type(ours))
         ours.__dict__.update(candidate.attributes(module))
-        x = torch.randn(candidate.shape(module), generator=generator)
+        x = torch.randn(candidate.shape(module), generator=generator).to(dtype)
         for training in (True, False):
-            expected, got = original.train(training)(x.clone()), ours.train(training)(x.clone())
-            if not isinstance(expected, Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
+            try:
+                expected = original.train(training)(x.clone())
+            except RuntimeError:
+                return parameters != dtype
+            got = ours.train(training)(x.clone())
+            if not isinstance(expected, Tensor) or (expected.shape, expected.dtype) != (x.shape, got.dtype):
                 return False
-            if not torch.allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE):
+            if not torch.allclose(got.float(), expected.float(), rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype]):
                 return False
     return True
 
@@ -264,7 +274,9 @@ def candidate_of(module: torch.nn.Module) -> type[_Adopted] | None:
     """The first candidate that a module is one of; None where it is none."""
     for candidate in CANDIDATES:
         try:
-            if candidate.fits(module) and _same(module, candidate):
+            half, full = torch.bfloat16, torch.float32
+            dtypes = (full, full), (half, half), (full, half)
+            if candidate.fits(module) and all(_same(module, candidate, *pair) for pair in dtypes):
                 return candidate
         except Exception:  # code that is not ours may ask for anything: it is no such norm then
             continue

@@ -12,8 +12,8 @@ ReLU()
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import Module
@@ -98,7 +98,7 @@ def _decide(module: Module) -> type | str | None:
     if kind in LEFT:
         return LEFT[kind]
     base = next((base for base in OURS if isinstance(module, base)), None)
-    if base is not None and all(_own(kind, name) is _own(base, name) for name in _METHODS):
+    if base is not None and all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS):
         return adopting.adopted(OURS[base], kind)
     if base is None and ("norm" not in kind.__name__.lower() or not module.state_dict()):
         return None
@@ -111,14 +111,6 @@ def _decide(module: Module) -> type | str | None:
 
 
 _METHODS = ("forward", "_check_input_dim", "_apply_instance_norm", "_get_no_batch_dim", "_handle_no_batch_input")
-
-
-def _own(kind: type, name: str) -> Any:
-    return getattr(kind, name, None)
-
-
-def _named(model: Module) -> Iterator[tuple[str, Module]]:
-    yield from model.named_modules()  # each once, by its first name
 
 
 def convert(model: Module, fuse: bool = True) -> Module:
@@ -139,15 +131,11 @@ def convert(model: Module, fuse: bool = True) -> Module:
     """
     if not isinstance(model, Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for _, module in list(_named(model)):
-        if fusing.taken(module) is not None:
-            continue
-        kind = _decide(module)
+    decided = [(module, _decide(module)) for module in model.modules() if fusing.taken(module) is None]
+    for module, kind in decided:  # after all that may raise
         if isinstance(kind, type):
-            before = type(module)
-            candidate = kind.__mro__[1]
-            more = candidate.attributes(module) if issubclass(candidate, adopting._Adopted) else {}
-            fusing.take(module, Taken(before, {name: module.__dict__.get(name) for name in more}))
+            more = kind.attributes(module) if issubclass(kind, adopting._Adopted) else {}
+            fusing.take(module, Taken(type(module), {name: module.__dict__.get(name) for name in more}))
             module.__class__ = kind
             module.__dict__.update(more)
     if fuse:
@@ -180,7 +168,7 @@ def report(model: Module) -> Report:
     0       torch.nn.LayerNorm  LayerNorm  activation silu  -
     """
     rows = Report()
-    for path, module in _named(model):
+    for path, module in model.named_modules():
         found = fusing.taken(module)
         if found is not None and not found.norm:
             continue

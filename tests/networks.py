@@ -425,6 +425,13 @@ class HalfNorm(LlamaRMSNorm):
         return 0.5 * super().forward(hidden_states)
 
 
+class WideRMSNorm(LlamaRMSNorm):
+    """Which returns fp32 whatever comes."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states.float())
+
+
 class RandomNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         raise ValueError("it wants something else")
@@ -437,6 +444,7 @@ def parametrized() -> nn.Module:
 UNKNOWN = "computes no norm that is known here"
 OTHER_FORMULAS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scaled": (lambda: Scaled(4), UNKNOWN), "half": (lambda: HalfNorm(4), UNKNOWN),
+    "wide": (lambda: WideRMSNorm(4), UNKNOWN),
     "raises": (lambda: RandomNorm(4), UNKNOWN), "lazy": (nn.LazyBatchNorm2d, "convert after a first call"),
     "sync": (lambda: nn.SyncBatchNorm(4), "all processes"), "parametrized": (parametrized, "parametrized LayerNorm"),
     "dropping": (lambda: dropping(), UNKNOWN),

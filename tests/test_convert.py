@@ -239,6 +239,30 @@ def test_llama_rounds_before_the_weight(dtype: torch.dtype, device: torch.device
         near([got], [expected])
 
 
+@pytest.mark.parametrize("parameters", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ["LlamaRMSNorm", "GemmaRMSNorm"])
+def test_dtypes_of_other_libraries(name: str, parameters: torch.dtype, device: torch.device) -> None:
+    """A product with fp32 weights is fp32, where the library's is."""
+    norm = networks.FOREIGN[name][0]().to(device, parameters)
+    x = torch.randn(4, 8, device=device, dtype=torch.bfloat16)
+    expected = norm(x)
+    got = normops.convert(norm)(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, rtol=2.0**-6, atol=2.0**-7)
+
+
+@pytest.mark.usefixtures("converters")
+def test_a_converter_that_raises_converts_nothing() -> None:
+    def refuse(module: theirs.Module) -> None:
+        raise KeyError("no")
+
+    normops.register_converter(networks.Scaled, refuse)
+    model = theirs.Sequential(theirs.LayerNorm(4), networks.Scaled(4))
+    with pytest.raises(KeyError, match="no"):
+        normops.convert(model)
+    assert type(model[0]) is theirs.LayerNorm and taken(model[0]) is None
+
+
 def test_a_transformer_layer_and_its_fast_path(device: torch.device) -> None:
     layer = theirs.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).to(device)
     x = torch.randn(2, 5, 8, device=device)
