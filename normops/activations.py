@@ -90,7 +90,10 @@ def _spelled(activation: Any) -> str | None:
         return "leaky_relu" if activation.negative_slope == 0.01 else None
     if kind in _MODULES:
         return _MODULES[kind]
-    return _SPELLINGS.get(activation) if isinstance(activation, str) or callable(activation) else None
+    try:
+        return _SPELLINGS.get(activation) if isinstance(activation, str) or callable(activation) else None
+    except TypeError:  # no key of anything
+        return None
 
 
 def check(activation: Activation) -> str:

@@ -4,10 +4,10 @@ Modules stay the objects that they are, with their parameters, buffers, hooks an
 
 >>> import torch, normops
 >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
->>> normops.convert(model)[1]
-BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, activation=relu)
->>> normops.restore(model)[2]
-ReLU()
+>>> type(normops.convert(model)[1]), normops.report(model)[0].fused
+(<class 'normops.nn.BatchNorm2d'>, 'activation relu')
+>>> type(normops.restore(model)[1])
+<class 'torch.nn.modules.batchnorm.BatchNorm2d'>
 """
 
 from __future__ import annotations
@@ -89,17 +89,23 @@ def _decide(module: Module) -> type | str | None:
     if torch.nn.utils.parametrize.is_parametrized(module):
         kind = kind.__mro__[1]
         return f"a parametrized {kind.__name__}" if kind in OURS else None
-    if kind in OURS:
-        return OURS[kind]
+    own = {"activation", "out_dtype"} & {*module.__dict__, *module._modules, *module._parameters, *module._buffers}
     if isinstance(module, nn._Fused):
         return None
+    if own and any(isinstance(module, base) for base in OURS):
+        return f"it has {own.pop()} of its own"
+    if kind in OURS:
+        return OURS[kind]
     if isinstance(module, torch.nn.modules.lazy.LazyModuleMixin) and "Norm" in kind.__name__:
         return "it has no parameters yet: convert after a first call"
     if kind in LEFT:
         return LEFT[kind]
     base = next((base for base in OURS if isinstance(module, base)), None)
     if base is not None and all(getattr(kind, name, None) is getattr(base, name, None) for name in _METHODS):
-        return adopting.adopted(OURS[base], kind)
+        try:
+            return adopting.adopted(OURS[base], kind)
+        except TypeError as error:  # of __init_subclass__
+            return f"its class takes no other one: {error}"
     if base is None and ("norm" not in kind.__name__.lower() or not module.state_dict()):
         return None
     if any("norm" in type(m).__name__.lower() for m in module.modules() if m is not module):
@@ -135,7 +141,8 @@ def convert(model: Module, fuse: bool = True) -> Module:
     for module, kind in decided:  # after all that may raise
         if isinstance(kind, type):
             more = kind.attributes(module) if issubclass(kind, adopting._Adopted) else {}
-            fusing.take(module, Taken(type(module), {name: module.__dict__.get(name) for name in more}))
+            attributes = {name: module.__dict__.get(name) for name in (*more, "activation", "out_dtype")}
+            fusing.take(module, Taken(type(module), attributes))
             module.__class__ = kind
             module.__dict__.update(more)
     if fuse:
@@ -146,7 +153,8 @@ def convert(model: Module, fuse: bool = True) -> Module:
 def restore(model: Module) -> Module:
     """Undo :func:`convert`, exactly: classes, attributes and activations are those of before.  Returns the model.
 
-    For whatever looks at types: quantisation, folding, export, other libraries.
+    For whatever looks at types: quantisation, folding, export, other libraries.  Raises TypeError where `model` is no
+    module, RuntimeError where a module was parametrized since, and changes nothing then.
 
     >>> import torch, normops
     >>> norm = torch.nn.GroupNorm(2, 4)
@@ -173,7 +181,7 @@ def report(model: Module) -> Report:
         if found is not None and not found.norm:
             continue
         if found is not None:
-            rows.append(Row(path, _spelled(found.kind), type(module).__name__, ", ".join(found.fused), found.reason))
+            rows.append(Row(path, _spelled(found.kind), type(module).__name__, found.fused, found.reason))
         elif isinstance(module, nn._Fused):
             rows.append(Row(path, f"normops.nn.{type(module).__name__}", type(module).__name__, "", "it is ours"))
         elif (kind := _decide(module)) is not None:

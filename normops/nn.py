@@ -1,7 +1,8 @@
 """torch.nn with fused norms: ``from normops import nn`` serves code written for ``from torch import nn``.
 
 Every other name is torch.nn's own.  The norms are subclasses of torch's, with the same arguments, state_dict and repr;
-they take ``activation`` and ``out_dtype`` when built, and ``pre_add`` and ``post_add`` when called:
+they take ``activation`` and ``out_dtype`` when built, and ``pre_add``, ``post_add`` and another ``activation`` when
+called:
 
     y = act((s - mean) / sqrt(var + eps) * weight + bias + post_add)        s = x + pre_add
 
@@ -35,6 +36,8 @@ from . import activations, rules
 from . import functional as F
 from .activations import Activation
 from .norm import affine_shape
+
+Add = Tensor | None
 
 if not TYPE_CHECKING:
     from torch.nn import *
@@ -83,9 +86,13 @@ class _Fused(torch.nn.Module):
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ...) -> Tensor: ...
+        def __call__(
+            self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ..., activation: Activation = ...
+        ) -> Tensor: ...
         @overload
-        def __call__(self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ...) -> F.Pair: ...
+        def __call__(
+            self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ..., activation: Activation = ...
+        ) -> F.Pair: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def extra_repr(self) -> str:
@@ -95,14 +102,15 @@ class _Fused(torch.nn.Module):
         extras = {"activation": self.activation, "out_dtype": self.out_dtype}
         return ", ".join([base, *(f"{name}={value}" for name, value in extras.items() if value is not None)])
 
-    def _extras(self, pre_add: Tensor | None, post_add: Tensor | None) -> dict[str, Any]:
-        return {
-            "activation": self.activation, "pre_add": pre_add, "post_add": post_add, "out_dtype": self.out_dtype
-        }  # fmt: skip
+    def _extras(self, pre_add: Tensor | None, post_add: Tensor | None, activation: Activation) -> dict[str, Any]:
+        if activation is None:
+            activation = self.activation
+        return {"activation": activation, "pre_add": pre_add, "post_add": post_add, "out_dtype": self.out_dtype}
 
-    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any) -> Any:
+    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any, activation: Activation) -> Any:
         """One node in a graph of torch.fx, which takes only the modules of torch.nn for leaves of its own accord."""
-        adds = {name: t for name, t in (("pre_add", pre_add), ("post_add", post_add)) if t is not None}
+        given = (("pre_add", pre_add), ("post_add", post_add), ("activation", activation))
+        adds = {name: value for name, value in given if value is not None}
         tracer: Any = input.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), adds)
 
@@ -136,9 +144,9 @@ def _recomputing() -> bool:
 
 
 class _BatchNorm(_Fused, batchnorm._BatchNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
         if isinstance(input, Proxy):
-            return self._leaf(input, pre_add, post_add)
+            return self._leaf(input, pre_add, post_add, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         tracking = self.training and self.track_running_stats and not _recomputing()
         counter = self.num_batches_tracked if tracking else None
@@ -149,7 +157,7 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
         result = F.batch_norm(
             input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
             self.training or (self.running_mean is None and self.running_var is None), momentum, self.eps,
-            **self._extras(pre_add, post_add),
+            **self._extras(pre_add, post_add, activation),
         )  # fmt: skip
         if counter is not None:
             counter.add_(1)  # not of a call that was refused
@@ -176,9 +184,9 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
         if isinstance(input, Proxy):
-            return self._leaf(input, pre_add, post_add)
+            return self._leaf(input, pre_add, post_add, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         rank: int = self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         axis = input.dim() - rank
@@ -194,19 +202,20 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
                 stacklevel=2,
             )
         if input.dim() != rank:
-            return self._apply_instance_norm(input, pre_add, post_add)
+            return self._apply_instance_norm(input, pre_add, post_add, activation)
         pre_add, post_add = (t.unsqueeze(0) if t is not None and t.dim() == rank else t for t in (pre_add, post_add))
-        result = self._apply_instance_norm(input.unsqueeze(0), pre_add, post_add)
+        result = self._apply_instance_norm(input.unsqueeze(0), pre_add, post_add, activation)
         return result.squeeze(0) if isinstance(result, Tensor) else (result[0].squeeze(0), result[1].squeeze(0))
 
     def _apply_instance_norm(
-        self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None
-    ) -> Any:
+        self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+        activation: Activation = None,
+    ) -> Any:  # fmt: skip
         used = not self.training or not _recomputing()
         return F.instance_norm(
             input, self.running_mean if used else None, self.running_var if used else None, self.weight, self.bias,
             self.training or not self.track_running_stats, self.momentum if self.momentum is not None else 0.0,
-            self.eps, **self._extras(pre_add, post_add),
+            self.eps, **self._extras(pre_add, post_add, activation),
         )  # fmt: skip
 
 
@@ -272,8 +281,9 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
     torch.Size([2, 4, 5])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
-        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **self._extras(pre_add, post_add))
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+        extras = self._extras(pre_add, post_add, activation)
+        return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
 
 
 class LayerNorm(_Fused, torch.nn.LayerNorm):
@@ -284,8 +294,8 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
-        extras = self._extras(pre_add, post_add)
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+        extras = self._extras(pre_add, post_add, activation)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
 
 
@@ -297,8 +307,9 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, x: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
-        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **self._extras(pre_add, post_add))
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+        extras = self._extras(pre_add, post_add, activation)
+        return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **extras)
 
 
 class LayerNorm2d(_Fused, torch.nn.LayerNorm):
@@ -326,14 +337,14 @@ class LayerNorm2d(_Fused, torch.nn.LayerNorm):
     def num_channels(self) -> int:
         return self.normalized_shape[0]
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
         if isinstance(input, Proxy):
-            return self._leaf(input, pre_add, post_add)
+            return self._leaf(input, pre_add, post_add, activation)
         if input.dim() < 2 or input.size(1) != self.num_channels:
             raise ValueError(f"expected input of shape (N, {self.num_channels}, ...), got {tuple(input.shape)}")
         return F.normalize(
             input, "n c ... -> n ...", self.weight, self.bias, eps=self.eps,
-            affine="c" if self.elementwise_affine else None, **self._extras(pre_add, post_add),
+            affine="c" if self.elementwise_affine else None, **self._extras(pre_add, post_add, activation),
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -370,10 +381,10 @@ class Normalize(_Fused, _Parameters):
         self.pattern, self.affine, self.eps, self.center = pattern, affine, eps, center
         self.lengths: dict[str, Any] = lengths
 
-    def forward(self, input: Tensor, *, pre_add: Tensor | None = None, post_add: Tensor | None = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
         return F.normalize(
             input, self.pattern, self.weight, self.bias, eps=self.eps, center=self.center, affine=self.affine,
-            **self._extras(pre_add, post_add), **self.lengths,
+            **self._extras(pre_add, post_add, activation), **self.lengths,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

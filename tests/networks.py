@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial, wraps
 from types import MethodType
 from typing import Any
 
@@ -266,6 +267,123 @@ class Doubling:
         return x * 2
 
 
+class Private(ByHand):
+    def __init__(self, c: int) -> None:
+        super().__init__(c)
+        self.__scale = 2.0
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.relu(self.norm(x)) * self.__scale + y
+
+
+def doubling(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    @wraps(function)
+    def wrapper(self: Any, *inputs: Tensor) -> Tensor:
+        return 2 * function(self, *inputs)
+
+    return wrapper
+
+
+class Wrapped(ByHand):
+    """Whose source does not say that it is."""
+
+    def forward(self, x: Tensor, y: Tensor, scale: float = 3.0) -> Tensor:
+        return F.relu(self.norm(x)) * scale + y
+
+
+Wrapped.forward = doubling(Wrapped.forward)  # type: ignore[method-assign]
+
+
+class Leaving(nn.Module):
+    """Between the norm and the sum it may be left."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.norm, self.calls = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm(self.conv(x))
+        self.calls += 1
+        if self.calls % 2:
+            return x * self.conv.bias.sum() + self.norm.bias.sum() * 0 + self.conv(x)
+        out += x
+        return F.relu(out)
+
+
+class Copied(nn.Module):
+    """What the norm reads has another name, by which it is changed in place."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(c, c, 1), nn.BatchNorm2d(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv(x)
+        skip = out
+        out = self.norm(out)
+        skip = F.relu(skip)
+        out = out + skip
+        return F.relu(out)
+
+
+class Summing(nn.Module):
+    def __init__(self, c: int) -> None:
+        super().__init__()
+        self.bn, self.relu = nn.BatchNorm2d(c), nn.ReLU()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.relu(self.bn(x) + y)
+
+
+class Stored(ByHand):
+    """Which holds a method of its own."""
+
+    def __init__(self, c: int) -> None:
+        super().__init__(c)
+        self.kept = self.activated
+
+    def activated(self, x: Tensor) -> Tensor:
+        return F.relu(self.norm(x))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.kept(x) + self.activated(y)
+
+
+class Renaming(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        h = x + y
+        r = h
+        r = self.norm(h)
+        return r * 2
+
+
+class Underscore(ByHand):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a, _ = x, y
+        h = x + a
+        h = self.norm(h)
+        return h + _
+
+
+class Changing(ByHand):
+    """Whose activation is another one in evaluation."""
+
+    @property
+    def act(self) -> Any:
+        return F.relu if self.training else F.silu
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.act(self.norm(x)) + y
+
+
+def patched() -> nn.Module:
+    """As accelerate does it."""
+    block: Any = Basic(4)
+    for norm in (block.bn1, block.bn2):
+        norm.forward = partial(type(norm).forward, norm)
+    return block
+
+
 def replaced() -> nn.Module:
     """Whose forward is the instance's own, as hooks of accelerate make it."""
     block: Any = Basic(4)
@@ -282,6 +400,7 @@ def hooked() -> nn.Module:
 
 IMAGE = (2, 4, 5, 3)
 RELU, POST_RELU, SILU = "activation relu", "post_add, activation relu", "activation silu"
+ROWS: list[tuple[int, ...]] = [(2, 6, 5), (2, 6, 5)]
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], dict[str, str]]] = {
     "resnet": (lambda: Basic(4), [IMAGE], {"bn1": RELU, "bn2": POST_RELU}),
     "resnet, downsampling": (lambda: Basic(4, down=True), [IMAGE], {"bn1": RELU, "bn2": POST_RELU}),
@@ -292,25 +411,33 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], dict[str
     "denoising, scaled": (lambda: Denoising(4, "scale"), [IMAGE, (2, 5)], {"norm1": SILU}),
     "before attention": (lambda: PreNorm(6), [(2, 5, 6)], {"post_norm": "pre_add"}),
     "after attention": (lambda: PostNorm(6), [(2, 5, 6), (2, 5, 6)], {"norm": "pre_add", "after": "pre_add"}),
+    "called twice": (lambda: Twice(5), ROWS, {"norm": RELU}),
+    "called elsewhere": (lambda: Outside(5), ROWS, {"norm": RELU}),
+    "a property": (lambda: ByProperty(5), ROWS, {"norm": RELU}),
+    "by name": (lambda: ByName(5), ROWS, {"norm": RELU}),
+    "walking": (lambda: Walking(5), ROWS, {"norm": RELU}),
+    "called by another": (lambda: Peeking(5), ROWS, {"inner.norm": RELU}),
+    "stored": (lambda: Stored(5), ROWS, {"norm": RELU}),
+    "the sum under another name": (lambda: Renaming(5), ROWS, {}),
+    "an underscore": (lambda: Underscore(5), ROWS, {"norm": "pre_add"}),
+    "wrapped": (lambda: Wrapped(5), ROWS, {"norm": RELU}),
     "overriding": (lambda: Overriding(5), [(2, 6, 5), (2, 6, 5)], {"norm": RELU}),
     "sum before, by hand": (lambda: ByHand(5), [(2, 6, 5), (2, 6, 5)], {"norm": "pre_add"}),
 }  # fmt: skip
-ROWS: list[tuple[int, ...]] = [(2, 6, 5), (2, 6, 5)]
+OTHERS = "it has a hook, a forward of its own, or an activation"
 LEFT: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]], str]] = {
-    "called twice": (lambda: Twice(5), ROWS, "it is called more than once"),
     "super": (lambda: Super(5), ROWS, "forward calls super()"),
-    "called elsewhere": (lambda: Outside(5), ROWS, "it is called more than once"),
-    "in a property": (lambda: FusedProperty(5), ROWS, ""),
-    "a property": (lambda: ByProperty(5), ROWS, "it is called more than once"),
-    "by name": (lambda: ByName(5), ROWS, "it is called more than once"),
-    "walking": (lambda: Walking(5), ROWS, "its module goes through all that it has"),
-    "doubled": (lambda: Doubled(5), ROWS, ""),
-    "kept": (lambda: Kept(5), ROWS, ""),
-    "called by another": (lambda: Peeking(5), ROWS, "another module calls it"),
     "a name of its own": (lambda: Shadowed(5), ROWS, ""),
     "looked at": (lambda: Between(5), ROWS, ""),
+    "doubled": (lambda: Doubled(5), ROWS, ""),
+    "kept": (lambda: Kept(5), ROWS, ""),
+    "in a property": (lambda: FusedProperty(5), ROWS, ""),
+    "private": (lambda: Private(5), ROWS, "forward uses private names"),
+    "leaving": (lambda: Leaving(4), [IMAGE], ""),
+    "copied": (lambda: Copied(4), [IMAGE], ""),
     "a forward of its own": (replaced, [IMAGE], "forward is the instance's own"),
-    "hooked": (hooked, [IMAGE], "it has a hook"),
+    "hooked": (hooked, [IMAGE], OTHERS),
+    "a norm with a forward of its own": (patched, [IMAGE], OTHERS),
 }
 
 
@@ -345,6 +472,20 @@ class ConvNextLayerNorm(nn.LayerNorm):
         if self.data_format == "channels_first":
             return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         return super().forward(x)
+
+
+class FlexibleLayerNorm(nn.Module):
+    """Over channels of images, and over the last axis of all else."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps = nn.Parameter(torch.ones(n)), nn.Parameter(torch.zeros(n)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 4:
+            x = x.permute(0, 2, 3, 1)
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -405,6 +546,8 @@ FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GemmaRMSNorm": (lambda: GemmaRMSNorm(8), (2, 3, 8)),
     "ConvNextLayerNorm": (lambda: ConvNextLayerNorm(8, "channels_last"), (2, 3, 4, 8)),
     "ConvNextLayerNorm, channels first": (lambda: ConvNextLayerNorm(8, "channels_first"), (2, 8, 3, 4)),
+    "images": (lambda: FlexibleLayerNorm(4), (2, 4, 3, 5)),
+    "rows": (lambda: FlexibleLayerNorm(4), (2, 4, 4)),
     "FrozenBatchNorm2d": (lambda: nn.Sequential(nn.Conv2d(3, 8, 1), FrozenBatchNorm2d(8)), (2, 3, 3, 4)),
     "BatchNormAct2d": (lambda: BatchNormAct2d(8), (2, 8, 3, 4)),
     "GroupNormAct": (lambda: GroupNormAct(8), (2, 8, 3, 4)),
@@ -432,6 +575,35 @@ class WideRMSNorm(LlamaRMSNorm):
         return super().forward(hidden_states.float())
 
 
+class OutsideNorm(LlamaRMSNorm):
+    """With eps outside of the root, as many are written: another formula for small numbers."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        h = hidden_states
+        return self.weight * (h / (h.pow(2).mean(-1, keepdim=True).sqrt() + self.variance_epsilon))
+
+
+class DetachedNorm(LlamaRMSNorm):
+    """The same numbers, and other gradients."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        h = hidden_states
+        scale = torch.rsqrt(h.float().pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * (h.float() * scale.detach()).to(h.dtype)
+
+
+class AbsoluteNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) * self.weight.sign()
+
+
+class GatedRMSNorm(LlamaRMSNorm):
+    """Which takes more than one input."""
+
+    def forward(self, hidden_states: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * F.silu(gate))
+
+
 class RandomNorm(LlamaRMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         raise ValueError("it wants something else")
@@ -444,6 +616,8 @@ def parametrized() -> nn.Module:
 UNKNOWN = "computes no norm that is known here"
 OTHER_FORMULAS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "scaled": (lambda: Scaled(4), UNKNOWN), "half": (lambda: HalfNorm(4), UNKNOWN),
+    "eps outside": (lambda: OutsideNorm(4), UNKNOWN), "detached": (lambda: DetachedNorm(4), UNKNOWN),
+    "absolute": (lambda: AbsoluteNorm(4), UNKNOWN), "gated": (lambda: GatedRMSNorm(4), UNKNOWN),
     "wide": (lambda: WideRMSNorm(4), UNKNOWN),
     "raises": (lambda: RandomNorm(4), UNKNOWN), "lazy": (nn.LazyBatchNorm2d, "convert after a first call"),
     "sync": (lambda: nn.SyncBatchNorm(4), "all processes"), "parametrized": (parametrized, "parametrized LayerNorm"),
