@@ -18,7 +18,7 @@ from torch import Tensor
 from . import activations
 from . import functional as F
 from .activations import Activation
-from .nn import Add, _Fused
+from .nn import Act, Add, _Fused
 
 
 class _Adopted(_Fused):
@@ -81,7 +81,7 @@ class RMSNorm(_Adopted):
     def shape(cls, module: Any) -> tuple[int, ...]:
         return 3, 2, module.weight.numel()
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         assert self.weight is not None
         extras = self._promoted(x, pre_add, post_add, activation)
         return F.rms_norm(x, tuple(self.weight.shape), self.weight, _eps(self), round_first=True, **extras)
@@ -90,7 +90,7 @@ class RMSNorm(_Adopted):
 class OffsetRMSNorm(RMSNorm):
     """xhat · (1 + weight), rounded once: Gemma."""
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         assert self.weight is not None
         extras = self._extras(pre_add, post_add, activation)
         return F.rms_norm(x, tuple(self.weight.shape), 1.0 + self.weight.float(), _eps(self), **extras)
@@ -107,7 +107,7 @@ class LastNorm(_Adopted):
     def shape(cls, module: Any) -> tuple[int, ...]:
         return 3, 5, 2, module.weight.numel()
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         assert self.weight is not None
         extras = self._extras(pre_add, post_add, activation)
         return F.layer_norm(x, tuple(self.weight.shape), self.weight, self.bias, _eps(self) or 0.0, **extras)
@@ -122,7 +122,7 @@ class ChannelNorm(LastNorm):
     def shape(cls, module: Any) -> tuple[int, ...]:
         return 3, module.weight.numel(), 5, 2
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         extras = self._extras(pre_add, post_add, activation)
         return F.normalize(
             x, "n c ... -> n ...", self.weight, self.bias, eps=_eps(self) or 0.0, affine="c", **extras
@@ -145,7 +145,7 @@ class FrozenBatchNorm(_Adopted):
     def shape(cls, module: Any) -> tuple[int, ...]:
         return 3, module.weight.numel(), 5, 2
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         eps = _eps(self)
         return F.batch_norm(
             x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-5 if eps is None else eps,
@@ -179,7 +179,7 @@ class BatchNormAct(_Adopted):
     def attributes(cls, module: Any) -> dict[str, Any]:
         return _activated(module)
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         from .nn import _BatchNorm
 
         given: Any = self
@@ -201,7 +201,7 @@ class Groups(_Adopted):
     def attributes(cls, module: Any) -> dict[str, Any]:
         return _activated(module)
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         module: Any = self
         extras = self._extras(pre_add, post_add, activation)
         return F.group_norm(x, module.num_groups, self.weight, self.bias, module.eps, **extras)

@@ -37,6 +37,7 @@ from . import functional as F
 from .activations import Activation
 from .norm import affine_shape
 
+Act = Activation
 Add = Tensor | None
 
 if not TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _recomputing() -> bool:
 
 
 class _BatchNorm(_Fused, batchnorm._BatchNorm):
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -169,14 +170,11 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
         """What PyTorch asks for where it is about to replace a norm, by a SyncBatchNorm or for quantisation.
         RuntimeError where that would drop an activation without a word."""
         if self.activation not in (None, "identity"):
-            raise RuntimeError(
-                f"a {type(self).__name__} with activation={self.activation!r} is about to be replaced by a module "
-                "without: call normops.restore(model) before, or build it without an activation"
-            )
-        try:
-            return self.__dict__["qconfig"]
-        except KeyError:
-            raise AttributeError("qconfig") from None
+            named = f"a {type(self).__name__} with activation={self.activation!r}"
+            raise RuntimeError(f"{named} is about to be replaced by a module without: build it without before")
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
@@ -184,7 +182,7 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add, activation)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
@@ -281,7 +279,7 @@ class GroupNorm(_Fused, torch.nn.GroupNorm):
     torch.Size([2, 4, 5])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         extras = self._extras(pre_add, post_add, activation)
         return F.group_norm(input, self.num_groups, self.weight, self.bias, self.eps, **extras)
 
@@ -294,7 +292,7 @@ class LayerNorm(_Fused, torch.nn.LayerNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         extras = self._extras(pre_add, post_add, activation)
         return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps, **extras)
 
@@ -307,7 +305,7 @@ class RMSNorm(_Fused, torch.nn.RMSNorm):
     torch.Size([2, 3, 4])
     """
 
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         extras = self._extras(pre_add, post_add, activation)
         return F.rms_norm(x, self.normalized_shape, self.weight, self.eps, **extras)
 
@@ -337,7 +335,7 @@ class LayerNorm2d(_Fused, torch.nn.LayerNorm):
     def num_channels(self) -> int:
         return self.normalized_shape[0]
 
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         if isinstance(input, Proxy):
             return self._leaf(input, pre_add, post_add, activation)
         if input.dim() < 2 or input.size(1) != self.num_channels:
@@ -381,7 +379,7 @@ class Normalize(_Fused, _Parameters):
         self.pattern, self.affine, self.eps, self.center = pattern, affine, eps, center
         self.lengths: dict[str, Any] = lengths
 
-    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Activation = None) -> Any:
+    def forward(self, input: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         return F.normalize(
             input, self.pattern, self.weight, self.bias, eps=self.eps, center=self.center, affine=self.affine,
             **self._extras(pre_add, post_add, activation), **self.lengths,
