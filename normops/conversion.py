@@ -19,7 +19,6 @@ import torch
 from torch.nn import Module
 
 from . import adopting, fusing, nn
-from .fusing import Taken
 
 Converter = Callable[[Module], type[Module] | str | None]
 """The class that a module gets, or why it is left alone; None: it is no norm, or another converter's."""
@@ -141,10 +140,7 @@ def convert(model: Module, fuse: bool = True) -> Module:
     for module, kind in decided:  # after all that may raise
         if isinstance(kind, type):
             more = kind.attributes(module) if issubclass(kind, adopting._Adopted) else {}
-            attributes = {name: module.__dict__.get(name) for name in (*more, "activation", "out_dtype")}
-            fusing.take(module, Taken(type(module), attributes))
-            module.__class__ = kind
-            module.__dict__.update(more)
+            fusing.take(module, kind, **more)
     if fuse:
         fusing.fuse(model)
     return model
@@ -154,7 +150,7 @@ def restore(model: Module) -> Module:
     """Undo :func:`convert`, exactly: classes, attributes and activations are those of before.  Returns the model.
 
     For whatever looks at types: quantisation, folding, export, other libraries.  Raises TypeError where `model` is no
-    module, RuntimeError where a module was parametrized since, and changes nothing then.
+    module, RuntimeError where a module was parametrized or sharded since, and changes nothing then.
 
     >>> import torch, normops
     >>> norm = torch.nn.GroupNorm(2, 4)

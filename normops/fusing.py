@@ -34,6 +34,8 @@ class Taken:
     """What a module was, and what became of it."""
 
     kind: type
+    given: str
+    """The name of the class that it got."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Those that were set, as they were; None where they were not there."""
     norm: bool = True
@@ -46,14 +48,23 @@ def taken(module: Module) -> Taken | None:
     return module.__dict__.get(_PLACE)
 
 
-def take(module: Module, state: Taken) -> None:
+def take(module: Module, kind: type, **attributes: Any) -> None:
+    """Give a norm another class, and attributes."""
+    before = {name: module.__dict__.get(name) for name in (*attributes, "activation", "out_dtype")}
+    _give(module, kind, Taken(type(module), kind.__qualname__, before))
+    module.__dict__.update(attributes)
+
+
+def _give(module: Module, kind: type, state: Taken) -> None:
     module.__dict__[_PLACE] = state
+    module.__class__ = kind
 
 
 def undo(model: Module) -> None:
     for path, module in model.named_modules():
-        if taken(module) is not None and torch.nn.utils.parametrize.is_parametrized(module):
-            raise RuntimeError(f"{path or 'the model'} was parametrized after it was converted: remove that before")
+        state, kind = taken(module), type(module).__qualname__
+        if state is not None and state.given != kind:  # parametrized, or sharded
+            raise RuntimeError(f"{path or 'the model'} became a {kind} after it was converted: undo that before")
     for module in list(model.modules()):
         state = taken(module)
         if state is not None:
@@ -175,8 +186,8 @@ def _fuse_sequential(module: Module) -> None:
             else:
                 state.reason = "it has a hook, a forward of its own, or an activation"
     if found and "forward" not in module.__dict__:
-        take(module, Taken(type(module), norm=False))
-        module.__class__ = _edited(taken(module).kind, (("forward", ""),))  # type: ignore[union-attr]
+        kind = _edited(type(module), (("forward", ""),))
+        _give(module, kind, Taken(type(module), kind.__qualname__, norm=False))
 
 
 def _fuse_methods(module: Module, norms: dict[str, Module]) -> None:
@@ -209,8 +220,7 @@ def _fuse_methods(module: Module, norms: dict[str, Module]) -> None:
         else:
             state.fused, state.reason = what, "" if what else hindered
     if kind is not None:
-        take(module, Taken(type(module), norm=False))
-        module.__class__ = kind
+        _give(module, kind, Taken(type(module), kind.__qualname__, norm=False))
 
 
 def _methods(kind: type) -> dict[str, FunctionType]:

@@ -352,7 +352,7 @@ def test_graphs_of_fx(device: torch.device) -> None:
 def test_what_was_parametrized_since_is_not_given_back() -> None:
     model = normops.convert(theirs.Sequential(theirs.LayerNorm(4), theirs.LayerNorm(4)))
     torch.nn.utils.parametrize.register_parametrization(model[1], "weight", theirs.Identity())
-    with pytest.raises(RuntimeError, match="1 was parametrized after it was converted"):
+    with pytest.raises(RuntimeError, match="1 became a ParametrizedLayerNorm after it was converted"):
         normops.restore(model)
     assert type(model[0]) is nn.LayerNorm
 
