@@ -21,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["NAMES", "check"]
 
-Activation = str | torch.nn.Module | type[torch.nn.Module] | Callable[..., Tensor] | None
+Act = str | torch.nn.Module | type[torch.nn.Module] | Callable[..., Tensor] | None
 """How a call may spell one: its name, or what PyTorch has by that name: ``F.silu``, ``nn.SiLU()``, ``nn.SiLU``; None
 is identity."""
 
@@ -96,7 +96,7 @@ def _spelled(activation: Any) -> str | None:
         return None
 
 
-def check(activation: Activation) -> str:
+def check(activation: Act) -> str:
     """The name of an activation, which may be spelt as PyTorch's function or module; None is identity.  ValueError for
     any other.
 

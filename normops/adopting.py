@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from . import activations
 from . import functional as F
-from .activations import Activation
-from .nn import Act, Add, _Fused
+from .activations import Act
+from .nn import Add, GroupNorm, _BatchNorm, _Fused
 
 
 class _Adopted(_Fused):
@@ -35,16 +35,23 @@ class _Adopted(_Fused):
 
     @classmethod
     def shape(cls, module: Any) -> tuple[int, ...]:
-        """Of an input."""
-        raise NotImplementedError
+        """Of an input: images, unless it says otherwise."""
+        return 3, module.weight.numel(), 5, 2
 
     @classmethod
     def attributes(cls, module: Any) -> dict[str, Any]:
-        """What a module has more once it is one."""
-        return {}
+        """What a module has more once it is one: the activation that it ends in itself, where nothing is dropped before
+        that (timm's norms with act)."""
+        drop, act = getattr(module, "drop", None), getattr(module, "act", None)
+        if act is None or not (drop is None or isinstance(drop, torch.nn.Identity)):
+            return {}
+        try:
+            return {"activation": activations.check(act)}
+        except ValueError:
+            return {}
 
     def _promoted(
-        self, x: Tensor, pre_add: Tensor | None, post_add: Tensor | None, activation: Activation
+        self, x: Tensor, pre_add: Tensor | None, post_add: Tensor | None, activation: Act
     ) -> dict[str, Any]:
         """The extras of a norm whose result has the dtype of a product of x and weight."""
         extras = self._extras(pre_add, post_add, activation)
@@ -59,15 +66,17 @@ def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def _eps(module: Any) -> float | None:
     """By the names that libraries have for it."""
-    found = (getattr(module, name, None) for name in ("variance_epsilon", "eps", "epsilon"))
-    return next((float(eps) for eps in found if isinstance(eps, (int, float))), None)
+    for name in ("variance_epsilon", "eps", "epsilon"):  # of the instance: a look for a missing one is dear
+        if name in module.__dict__:
+            return float(module.__dict__[name])
+    return None
 
 
-def _vectors(module: torch.nn.Module, *names: str, other: Sequence[str] = ()) -> bool:
-    """Whether its tensors are these, vectors of one size, and maybe others."""
+def _vectors(module: torch.nn.Module, *names: str) -> bool:
+    """Whether its tensors are these, vectors of one size."""
     tensors = _tensors(module)
-    sizes = {tensors[name].shape for name in names if name in tensors}
-    return set(names) <= set(tensors) <= {*names, *other} and len(sizes) == 1 and len(*sizes) == 1
+    sizes = {t.shape for t in tensors.values()}
+    return set(names) == set(tensors) and len(sizes) == 1 and len(*sizes) == 1
 
 
 class RMSNorm(_Adopted):
@@ -113,14 +122,14 @@ class LastNorm(_Adopted):
         return F.layer_norm(x, tuple(self.weight.shape), self.weight, self.bias, _eps(self) or 0.0, **extras)
 
 
-class ChannelNorm(LastNorm):
+class ChannelNorm(_Adopted):
     """LayerNorm over the channels of (N, C, H, W): LayerNorm2d."""
 
     rank = 4
 
     @classmethod
-    def shape(cls, module: Any) -> tuple[int, ...]:
-        return 3, module.weight.numel(), 5, 2
+    def fits(cls, module: Any) -> bool:
+        return LastNorm.fits(module)
 
     def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         extras = self._extras(pre_add, post_add, activation)
@@ -141,10 +150,6 @@ class FrozenBatchNorm(_Adopted):
         named = ("weight", "bias", "running_mean", "running_var")
         return _vectors(module, *named) and not list(module.parameters())
 
-    @classmethod
-    def shape(cls, module: Any) -> tuple[int, ...]:
-        return 3, module.weight.numel(), 5, 2
-
     def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
         eps = _eps(self)
         return F.batch_norm(
@@ -153,78 +158,28 @@ class FrozenBatchNorm(_Adopted):
         )  # fmt: skip
 
 
-def _activated(module: Any) -> dict[str, Any]:
-    """What follows in the module itself: nothing that drops, and one of our activations (timm's norms with act)."""
-    drop, act = getattr(module, "drop", None), getattr(module, "act", None)
-    if act is None or not (drop is None or isinstance(drop, torch.nn.Identity)):
-        return {}
-    try:
-        return {"activation": activations.check(act)}
-    except ValueError:
-        return {}
-
-
-class BatchNormAct(_Adopted):
-    """BatchNorm and an activation in one module."""
+class ImageNorm(_Adopted):
+    """BatchNorm of images, with an activation in the module or without."""
 
     @classmethod
     def fits(cls, module: Any) -> bool:
-        return isinstance(module, torch.nn.BatchNorm2d) and bool(_activated(module))
+        return isinstance(module, torch.nn.BatchNorm2d)
 
-    @classmethod
-    def shape(cls, module: Any) -> tuple[int, ...]:
-        return 3, module.num_features, 5, 2
-
-    @classmethod
-    def attributes(cls, module: Any) -> dict[str, Any]:
-        return _activated(module)
-
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
-        from .nn import _BatchNorm
-
-        given: Any = self
-        return _BatchNorm.forward(given, x, pre_add=pre_add, post_add=post_add, activation=activation)
+    forward = _BatchNorm.forward
 
 
-class Groups(_Adopted):
+class GroupsNorm(_Adopted):
     """GroupNorm, with an activation in the module or without."""
 
     @classmethod
     def fits(cls, module: Any) -> bool:
-        return isinstance(module, torch.nn.GroupNorm) and (not hasattr(module, "act") or bool(_activated(module)))
+        return isinstance(module, torch.nn.GroupNorm)
 
-    @classmethod
-    def shape(cls, module: Any) -> tuple[int, ...]:
-        return 3, module.num_channels, 5, 2
-
-    @classmethod
-    def attributes(cls, module: Any) -> dict[str, Any]:
-        return _activated(module)
-
-    def forward(self, x: Tensor, *, pre_add: Add = None, post_add: Add = None, activation: Act = None) -> Any:
-        module: Any = self
-        extras = self._extras(pre_add, post_add, activation)
-        return F.group_norm(x, module.num_groups, self.weight, self.bias, module.eps, **extras)
-
-
-class LastNormAct(LastNorm):
-    """LayerNorm over the last axis, and an activation in the module."""
-
-    @classmethod
-    def attributes(cls, module: Any) -> dict[str, Any]:
-        return _activated(module)
-
-
-class ChannelNormAct(ChannelNorm):
-    """LayerNorm2d, and an activation in the module."""
-
-    @classmethod
-    def attributes(cls, module: Any) -> dict[str, Any]:
-        return _activated(module)
+    forward = GroupNorm.forward
 
 
 CANDIDATES: tuple[type[_Adopted], ...] = (
-    RMSNorm, OffsetRMSNorm, LastNorm, ChannelNorm, FrozenBatchNorm, BatchNormAct, Groups, LastNormAct, ChannelNormAct,
+    RMSNorm, OffsetRMSNorm, LastNorm, ChannelNorm, FrozenBatchNorm, ImageNorm, GroupsNorm,
 )  # fmt: skip
 
 
@@ -233,10 +188,6 @@ _kinds: dict[tuple[type, type], type] = {}
 
 def adopted(candidate: type, theirs: Any) -> type:
     """The class of a module that is still one of theirs, with the forward of a candidate."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # the class has no place of its own to be found in
-        return _again, (candidate, theirs), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-
     if (candidate, theirs) not in _kinds:
         ours: Any = candidate
         name = next(iter(list(inspect.signature(theirs.forward).parameters)[1:]), "input")
@@ -248,15 +199,25 @@ def adopted(candidate: type, theirs: Any) -> type:
                 return theirs.forward(self, x)
             return ours.forward(self, x, **given)
 
-        place = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__reduce_ex__": __reduce_ex__}
-        if issubclass(candidate, _Adopted):
-            place["forward"] = forward
-        _kinds[candidate, theirs] = type(theirs.__name__, (candidate, theirs), place)
+        place = {"forward": forward} if issubclass(candidate, _Adopted) else {}
+        _kinds[candidate, theirs] = named_alike((candidate, theirs), place, adopted, candidate, theirs)
     return _kinds[candidate, theirs]
 
 
-def _again(candidate: type, theirs: type) -> Any:
-    kind: Any = adopted(candidate, theirs)
+def named_alike(bases: tuple[Any, ...], place: dict[str, Any], make: Callable[..., type], *arguments: Any) -> type:
+    """A class by the name of the last of its bases; ``make(*arguments)`` makes it again for copies and pickles, for it
+    has no place of its own to be found in."""
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        return _again, (make, *arguments), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+
+    theirs = bases[-1]
+    place |= {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__reduce_ex__": __reduce_ex__}
+    return type(theirs.__name__, bases, place)
+
+
+def _again(make: Callable[..., type], *arguments: Any) -> Any:
+    kind: Any = make(*arguments)
     return kind.__new__(kind)
 
 
@@ -344,5 +305,3 @@ def candidate_of(module: torch.nn.Module) -> type[_Adopted] | None:
             continue
     return None
 
-
-Converter = Callable[[torch.nn.Module], type | str | None]

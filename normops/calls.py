@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import schedule
-from .activations import Activation
+from .activations import Act
 from .gpus import H200, Device
 from .layout import follows, split
 from .norm import Needs, Norm, Operands, accumulator, laid_out, placed
@@ -278,7 +278,7 @@ so does a tensor with the negative bit (the imaginary part of a conjugate)."""
 
 
 def find(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Activation, out_dtype: torch.dtype | None
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Act, out_dtype: torch.dtype | None
 ) -> Call | None:
     """The call that these operands make; None where they are no plain tensors.  Where it was not met before, it is
     checked first."""

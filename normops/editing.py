@@ -3,7 +3,7 @@
     self.act(self.norm(x))                               self._normops_act(self.norm, x, self.act)
     h = self.norm(h); h = F.relu(h)                      h = self._normops_act(self.norm, h, F.relu)
     out = self.bn(out); out += x; out = self.relu(out)   out = self._normops_add_act(self.bn, out, x, self.relu)
-    h = x + y; r = h; h = self.norm(h)                   h, r = self._normops_sum(self.norm, x, y)
+    h = x + y; r = h; h = self.norm(h)                   h, r = self._normops_sums(self.norm, x, y)
 
 Nothing is decided here about what a name stands for: the functions that are called instead look at what they get, and
 do the same as before where it is no norm or activation of ours.  Only statements that follow one another are joined,
@@ -95,7 +95,7 @@ class Editor:
             total = node.args[0]
             if isinstance(total, ast.BinOp) and isinstance(total.op, ast.Add):
                 self.found[norm] = "pre_add"
-                pair = _call("sum", node.func, total.left, total.right)
+                pair = _call("sums", node.func, total.left, total.right)
                 return ast.Subscript(pair, ast.Constant(0), ast.Load())
         return node
 
@@ -148,7 +148,7 @@ class Editor:
             norm, call = self.norm(called), called
             if norm is not None and target is not None and target != kept and _is(call.args[0], v):
                 names = [target, kept or (v if target != v else SUM)]
-                pair = _call("sum", call.func, value.left, value.right)
+                pair = _call("sums", call.func, value.left, value.right)
                 self.found[norm] = "pre_add"
                 del body[: at + 2]
                 sums: list[ast.stmt] = [ast.Assign([ast.Tuple([_store(n) for n in names], ast.Store())], pair)]

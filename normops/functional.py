@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, autograd, calls, reference, rules, traced
-from .activations import Activation
+from .activations import Act
 from .norm import Norm, Operands, accumulator, laid_out
 from .rules import Rule
 
@@ -36,7 +36,7 @@ _increment_version: Any = torch._C._increment_version
 
 
 def _run(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, activation: Activation,
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps: float | None, activation: Act,
     out_dtype: torch.dtype | None, momentum: float | Tensor | None = None, return_stats: bool = False,
 ) -> Any:  # fmt: skip
     """-> y, or (y, sum) with pre_add, followed by mean and rstd with return_stats.  Every norm goes through here.
@@ -127,32 +127,32 @@ def _overridden(operands: Operands, rule: Rule, arguments: tuple[Any, ...], eps:
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: None = ...,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Act = ..., pre_add: None = ...,
     post_add: Tensor | None = ..., return_stats: Literal[False] = ..., out_dtype: torch.dtype | None = ...,
     **lengths: int,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: Tensor,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Act = ..., pre_add: Tensor,
     post_add: Tensor | None = ..., return_stats: Literal[False] = ..., out_dtype: torch.dtype | None = ...,
     **lengths: int,
 ) -> Pair: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: None = ...,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Act = ..., pre_add: None = ...,
     post_add: Tensor | None = ..., return_stats: Literal[True], out_dtype: torch.dtype | None = ..., **lengths: int,
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 @overload
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = ..., bias: Tensor | None = ..., *,
-    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Activation = ..., pre_add: Tensor,
+    eps: float = ..., center: bool = ..., affine: str | None = ..., activation: Act = ..., pre_add: Tensor,
     post_add: Tensor | None = ..., return_stats: Literal[True], out_dtype: torch.dtype | None = ..., **lengths: int,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]: ...  # fmt: skip
 def normalize(
     x: Tensor, axes: int | Sequence[int] | str, weight: Tensor | None = None, bias: Tensor | None = None, *,
-    eps: float = 1e-5, center: bool = True, affine: str | None = None, activation: Activation = None,
+    eps: float = 1e-5, center: bool = True, affine: str | None = None, activation: Act = None,
     pre_add: Tensor | None = None, post_add: Tensor | None = None, return_stats: bool = False,
     out_dtype: torch.dtype | None = None, **lengths: int,
 ) -> Any:  # fmt: skip
@@ -201,19 +201,19 @@ def normalize(
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = ...,
     bias: Tensor | None = ..., training: bool = ..., momentum: float | Tensor = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Act = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = ...,
     bias: Tensor | None = ..., training: bool = ..., momentum: float | Tensor = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Act = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def batch_norm(
     input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, weight: Tensor | None = None,
     bias: Tensor | None = None, training: bool = False, momentum: float | Tensor = 0.1, eps: float = 1e-5, *,
-    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Act = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """BatchNorm over (N, *) for each channel of (N, C, *): :func:`torch.nn.functional.batch_norm` with extras.
@@ -237,19 +237,19 @@ def batch_norm(
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = ..., running_var: Tensor | None = ..., weight: Tensor | None = ...,
     bias: Tensor | None = ..., use_input_stats: bool = ..., momentum: float = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Act = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = ..., running_var: Tensor | None = ..., weight: Tensor | None = ...,
     bias: Tensor | None = ..., use_input_stats: bool = ..., momentum: float = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Act = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def instance_norm(
     input: Tensor, running_mean: Tensor | None = None, running_var: Tensor | None = None, weight: Tensor | None = None,
     bias: Tensor | None = None, use_input_stats: bool = True, momentum: float = 0.1, eps: float = 1e-5, *,
-    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Act = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """InstanceNorm over * for each sample and channel of (N, C, *): torch.nn.functional.instance_norm with extras.
@@ -272,18 +272,18 @@ def instance_norm(
 @overload
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ...,
-    *, activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    *, activation: Act = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ...,
-    *, activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ...,
+    *, activation: Act = ..., pre_add: Tensor, post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def layer_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, bias: Tensor | None = None,
-    eps: float = 1e-5, *, activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    eps: float = 1e-5, *, activation: Act = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """LayerNorm over the last axes, ``normalized_shape``: :func:`torch.nn.functional.layer_norm` with extras.
@@ -304,18 +304,18 @@ def layer_norm(
 @overload
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
-    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Act = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ..., round_first: bool = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = ..., eps: float | None = ..., *,
-    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Act = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
     round_first: bool = ...,
 ) -> Pair: ...  # fmt: skip
 def rms_norm(
     input: Tensor, normalized_shape: Shape, weight: Tensor | None = None, eps: float | None = None, *,
-    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Act = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None, round_first: bool = False,
 ) -> Any:  # fmt: skip
     """RMSNorm over the last axes: x / sqrt(mean(x²) + eps) · weight; :func:`torch.nn.functional.rms_norm` with extras.
@@ -337,17 +337,17 @@ def rms_norm(
 @overload
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: None = ..., post_add: Tensor | None = ...,
+    activation: Act = ..., pre_add: None = ..., post_add: Tensor | None = ...,
     out_dtype: torch.dtype | None = ...,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = ..., bias: Tensor | None = ..., eps: float = ..., *,
-    activation: Activation = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
+    activation: Act = ..., pre_add: Tensor, post_add: Tensor | None = ..., out_dtype: torch.dtype | None = ...,
 ) -> Pair: ...  # fmt: skip
 def group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *,
-    activation: Activation = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
+    activation: Act = None, pre_add: Tensor | None = None, post_add: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Any:  # fmt: skip
     """GroupNorm over (C / num_groups, *) of (N, C, *): :func:`torch.nn.functional.group_norm` with extras.

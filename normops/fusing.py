@@ -16,13 +16,14 @@ from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import pairwise
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Module
 
 from . import activations
+from .adopting import named_alike
 from .editing import Editor, Pruned, is_self
 from .nn import _Fused
 
@@ -42,6 +43,14 @@ class Taken:
     """A norm, or a module with one, which got another forward."""
     fused: str = ""
     reason: str = ""
+
+
+class Edit(NamedTuple):
+    """Of a method: its name, its new source, and the texts of a module for which that is the same."""
+
+    name: str
+    source: str
+    texts: tuple[tuple[str, str], ...]
 
 
 def taken(module: Module) -> Taken | None:
@@ -81,10 +90,10 @@ def undo(model: Module) -> None:
 
 def _alone(module: Any) -> bool:
     """Whether a call of a module is a call of its class's forward, and nobody looks on."""
-    return "forward" not in module.__dict__ and not any(
-        getattr(module, hooks)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    )
+    return not (
+        "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+        or module._backward_pre_hooks
+    )  # fmt: skip
 
 
 def _may(norm: Any) -> bool:
@@ -186,12 +195,12 @@ def _fuse_sequential(module: Module) -> None:
             else:
                 state.reason = "it has a hook, a forward of its own, or an activation"
     if found and "forward" not in module.__dict__:
-        kind = _edited(type(module), (("forward", ""),))
+        kind = _edited(type(module), ())
         _give(module, kind, Taken(type(module), kind.__qualname__, norm=False))
 
 
 def _fuse_methods(module: Module, norms: dict[str, Module]) -> None:
-    sources: list[tuple[str, str]] = []
+    edits: list[Edit] = []
     fused: dict[str, str] = {}
     hindered = ""
     for name, function in _methods(type(module)).items():
@@ -205,10 +214,10 @@ def _fuse_methods(module: Module, norms: dict[str, Module]) -> None:
         editor.edit(tree)
         if editor.found:
             fused.update(editor.found)
-            known = {name: text for name, text in texts.items() if isinstance(text, str)}
-            sources.append((name, ast.unparse(ast.fix_missing_locations(tree)) + f"\n# {known!r}"))
+            known = tuple((key, text) for key, text in texts.items() if isinstance(text, str))
+            edits.append(Edit(name, ast.unparse(ast.fix_missing_locations(tree)), known))
     try:
-        kind = _edited(type(module), tuple(sources)) if sources else None
+        kind = _edited(type(module), tuple(edits)) if edits else None
     except Exception as error:  # of decorators and annotations, which may ask for anything
         kind, fused, hindered = None, {}, f"its source does not run again: {error}"
     for name, norm in norms.items():
@@ -319,19 +328,19 @@ def _bare(tree: ast.FunctionDef) -> ast.FunctionDef:
     return ast.fix_missing_locations(tree)
 
 
-def _compiled(original: FunctionType, source: str, place: str) -> Any:
-    """A method of an edited source, with all that the original has; where texts of the module are others, that one."""
+def _compiled(original: FunctionType, edit: Edit) -> Any:
+    """The edited method, with all that the original has; where texts of the module are others, that one."""
     inner: Any = inspect.unwrap(original)
-    tree: Any = _bare(ast.parse(source).body[0])  # type: ignore[arg-type]
+    tree: Any = _bare(ast.parse(edit.source).body[0])  # type: ignore[arg-type]
+    place = f"<{original.__qualname__}, edited by normops>"
     found: dict[str, Any] = {}
     exec(compile(ast.Module([tree], []), place, "exec", dont_inherit=True), inner.__globals__, found)
     method = _wrapped(original, _like(inner, found[inner.__name__]))
-    texts = ast.literal_eval(source.rpartition("\n# ")[2])
-    if not texts:
+    if not edit.texts:
         return method
 
     def chosen(self: Any, *inputs: Any, **options: Any) -> Any:
-        same = all(getattr(self, name, None) == text for name, text in texts.items())
+        same = all(getattr(self, name, None) == text for name, text in edit.texts)
         return (method if same else original)(self, *inputs, **options)
 
     chosen.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -365,26 +374,12 @@ def _wrapped(original: Any, inner: Any) -> Any:
 _kinds: dict[Any, type] = {}
 
 
-def _edited(theirs: type, sources: tuple[tuple[str, str], ...]) -> type:
-    """A class with edited methods; "" stands for that of a Sequential."""
-
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # the class has no place of its own to be found in
-        return _again, (theirs, sources), self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-
-    if (theirs, sources) not in _kinds:
-        place: dict[str, Any] = {
-            "__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__reduce_ex__": __reduce_ex__,
-            "_normops_act": staticmethod(act), "_normops_add_act": staticmethod(add_act),
-            "_normops_sum": staticmethod(sums),
-        }  # fmt: skip
+def _edited(theirs: type, edits: tuple[Edit, ...]) -> type:
+    """A class with edited methods; without any, that of a Sequential."""
+    if (theirs, edits) not in _kinds:
         methods = _methods(theirs)
-        for name, source in sources:
-            where = f"<{theirs.__qualname__}.{name}, edited by normops>"
-            place[name] = _compiled(methods[name], source, where) if source else _walk
-        _kinds[theirs, sources] = type(theirs.__name__, (theirs,), place)
-    return _kinds[theirs, sources]
-
-
-def _again(theirs: type, sources: tuple[tuple[str, str], ...]) -> Any:
-    kind: Any = _edited(theirs, sources)
-    return kind.__new__(kind)
+        place: dict[str, Any] = {edit.name: _compiled(methods[edit.name], edit) for edit in edits} or {"forward": _walk}
+        for function in (act, add_act, sums):
+            place[f"_normops_{function.__name__}"] = staticmethod(function)
+        _kinds[theirs, edits] = named_alike((theirs,), place, _edited, theirs, edits)
+    return _kinds[theirs, edits]

@@ -34,10 +34,9 @@ from torch.nn.modules import batchnorm, instancenorm
 
 from . import activations, rules
 from . import functional as F
-from .activations import Activation
+from .activations import Act
 from .norm import affine_shape
 
-Act = Activation
 Add = Tensor | None
 
 if not TYPE_CHECKING:
@@ -67,7 +66,7 @@ class _Fused(torch.nn.Module):
     out_dtype: torch.dtype | None = None
 
     def __init__(
-        self, *args: Any, activation: Activation = None, out_dtype: torch.dtype | None = None, **kwargs: Any
+        self, *args: Any, activation: Act = None, out_dtype: torch.dtype | None = None, **kwargs: Any
     ) -> None:
         name = None if activation is None else activations.check(activation)
         rules.dtype(out_dtype)
@@ -88,11 +87,11 @@ class _Fused(torch.nn.Module):
 
         @overload
         def __call__(
-            self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ..., activation: Activation = ...
+            self, input: Tensor, *, pre_add: None = ..., post_add: Tensor | None = ..., activation: Act = ...
         ) -> Tensor: ...
         @overload
         def __call__(
-            self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ..., activation: Activation = ...
+            self, input: Tensor, *, pre_add: Tensor, post_add: Tensor | None = ..., activation: Act = ...
         ) -> F.Pair: ...
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -103,12 +102,12 @@ class _Fused(torch.nn.Module):
         extras = {"activation": self.activation, "out_dtype": self.out_dtype}
         return ", ".join([base, *(f"{name}={value}" for name, value in extras.items() if value is not None)])
 
-    def _extras(self, pre_add: Tensor | None, post_add: Tensor | None, activation: Activation) -> dict[str, Any]:
+    def _extras(self, pre_add: Tensor | None, post_add: Tensor | None, activation: Act) -> dict[str, Any]:
         if activation is None:
             activation = self.activation
         return {"activation": activation, "pre_add": pre_add, "post_add": post_add, "out_dtype": self.out_dtype}
 
-    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any, activation: Activation) -> Any:
+    def _leaf(self, input: Proxy, pre_add: Any, post_add: Any, activation: Act) -> Any:
         """One node in a graph of torch.fx, which takes only the modules of torch.nn for leaves of its own accord."""
         given = (("pre_add", pre_add), ("post_add", post_add), ("activation", activation))
         adds = {name: value for name, value in given if value is not None}
@@ -207,7 +206,7 @@ class _InstanceNorm(_Fused, instancenorm._InstanceNorm):
 
     def _apply_instance_norm(
         self, input: Tensor, pre_add: Tensor | None = None, post_add: Tensor | None = None,
-        activation: Activation = None,
+        activation: Act = None,
     ) -> Any:  # fmt: skip
         used = not self.training or not _recomputing()
         return F.instance_norm(
@@ -324,7 +323,7 @@ class LayerNorm2d(_Fused, torch.nn.LayerNorm):
 
     def __init__(
         self, num_channels: int, eps: float = 1e-5, affine: bool = True, *, bias: bool = True,
-        activation: Activation = None, out_dtype: torch.dtype | None = None,
+        activation: Act = None, out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__(
@@ -370,7 +369,7 @@ class Normalize(_Fused, _Parameters):
 
     def __init__(
         self, pattern: str, *, affine: str | None = None, eps: float = 1e-5, center: bool = True, bias: bool = True,
-        activation: Activation = None, out_dtype: torch.dtype | None = None,
+        activation: Act = None, out_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None, **lengths: int,
     ) -> None:  # fmt: skip
         shape = affine_shape(pattern, affine, lengths)  # checks the pattern, also where there are no parameters

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from . import activations
-from .activations import Activation
+from .activations import Act
 from .norm import DTYPES, OPTIONS, Norm, Operands, parse, whole
 
 Rule = Callable[..., Norm]
 
 def norm_of(
-    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Activation, out_dtype: torch.dtype | None
+    operands: Operands, rule: Rule, arguments: tuple[Any, ...], activation: Act, out_dtype: torch.dtype | None
 ) -> Norm:
     """What a call means, once everything about it was found right."""
     _tensors(operands)
