@@ -15,7 +15,7 @@ from torch import nn as theirs
 import normops
 from normops import conversion, nn
 from normops.fusing import taken
-from tests import foreign, networks
+from tests import foreign, networks, unfused
 from tests.networks import Basic
 
 TOLERANCE = 1e-4
@@ -114,7 +114,7 @@ def test_what_may_not_be_fused_in_a_sequence(device: torch.device) -> None:
     hooked[0].register_forward_hook(lambda module, args, y: seen.append(y))
     for model in (hooked, sequence(theirs.LeakyReLU(0.2)), sequence(theirs.Softplus())):
         compare(model, torch.randn(4, 6, device=device), fused=0)
-    assert normops.report(normops.convert(hooked))[0].reason == networks.OTHERS
+    assert normops.report(normops.convert(hooked))[0].reason == unfused.OTHERS
     hooked(torch.randn(4, 6, device=device))
     assert seen[-1].min() < 0, "the hook saw what the activation made of it"
 
@@ -130,10 +130,10 @@ def test_blocks(name: str, device: torch.device) -> None:
     assert {row.path: row.fused for row in rows if row.fused} == fused
 
 
-@pytest.mark.parametrize("name", networks.LEFT)
+@pytest.mark.parametrize("name", unfused.LEFT)
 def test_blocks_that_are_left(name: str, device: torch.device) -> None:
     """Converted, and not fused, with the reason in the report."""
-    make, shapes, reason = networks.LEFT[name]
+    make, shapes, reason = unfused.LEFT[name]
     model = make().to(device)
     compare(model, *(torch.randn(shape, device=device) for shape in shapes), fused=0)
     assert {row.reason for row in normops.report(normops.convert(model))} == {reason}, normops.report(model)
@@ -157,7 +157,7 @@ def test_sums_of_other_shapes_and_types(device: torch.device) -> None:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_branch_that_changes_the_input_in_place(training: bool, device: torch.device) -> None:
     """No norm reads its input later than it did: without gradients PyTorch lets others write to it."""
-    block = networks.InPlace(4).to(device).train(training)
+    block = unfused.InPlace(4).to(device).train(training)
     reference = copy.deepcopy(block)
     x = torch.randn(2, 4, 5, 3, device=device)
     with torch.no_grad():
@@ -362,7 +362,7 @@ def test_threads(plain: Callable[[str], str]) -> None:
 import sys
 from concurrent.futures import ThreadPoolExecutor
 import torch, normops
-from tests import foreign, networks
+from tests import foreign, networks, unfused
 sys.setswitchinterval(1e-6)
 block = normops.convert(networks.Summing(4)).eval()
 x, small = torch.randn(1, 4, 3, 3), torch.randn(4, 1, 1)
