@@ -21,7 +21,7 @@ test: .venv/.stamp
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 
 check: .venv/.stamp
-	@echo "lint, types, and the values of every norm, layout and direction: about 80 seconds on 2 idle cores"
+	@echo "lint, types, and the values of every norm, layout and direction: about a minute on 2 idle cores"
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q tests/test_values.py tests/test_layout.py tests/test_layering.py
