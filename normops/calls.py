@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import schedule
+from . import native, schedule
 from .activations import Act
 from .gpus import H200, Device
 from .layout import follows, split
@@ -95,6 +95,8 @@ class Call:
         self.ready = all(a is b for a, b in zip(operands, laid, strict=True))
         """Whether operands come as kernels take them, see :func:`laid_out`."""
         self.kernels = x.numel() > 0 and uses_kernels(x)
+        self.native = False
+        """Whether PyTorch has a function for what no kernel runs, see ``native``."""
         self.shape = x.shape
         self.order = torch.empty_like(x, device="meta").stride()
         """Strides of y."""
@@ -297,6 +299,7 @@ def find(
     if any(t is not None and (type(t) not in PLAIN or t.is_neg()) for t in operands):
         return None
     call = Call(norm_of(operands, rule, arguments, activation, out_dtype), operands, out_dtype)
+    call.native = not call.kernels and native.suitable(rule, call.norm, operands, out_dtype)
     if key is not None:
         if len(known) >= KNOWN:
             known.clear()

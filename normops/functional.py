@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, autograd, calls, reference, rules, traced
+from . import activations, autograd, calls, native, reference, rules, traced
 from .activations import Act
 from .norm import Norm, Operands, accumulator, laid_out
 from .rules import Rule
@@ -64,18 +64,26 @@ def _run(
     result: Any
     mean, rstd = None, None
     needed = call is not None and torch.is_grad_enabled() and _needed(operands)
+    if needed and norm.given and _needed(operands[5:]):
+        raise RuntimeError(traced.CONSTANT)
     if call is None or not call.kernels:
-        if call is None or needed:
-            y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype, call is not None)
+        own = None
+        if call is None and traced.exporting():
+            own = traced.exported(rule, norm, operands, arguments, eps, out_dtype, momentum)
+        elif call is not None and call.native:
+            own = native.normalize(rule, norm, operands, arguments, eps, momentum)
+        if own is not None:
+            return own if operands.pre_add is not None else own[0]
+        if call is None:
+            y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype)
         else:
             laid = laid_out(norm, operands if norm.given else Operands(*operands[:5]))
             y, total, mean, rstd = reference.normalize(norm, eps, laid, out_dtype)
+            mean, rstd = mean if mean is None else mean.detach(), rstd.detach()
         result = y if operands.pre_add is None else (y, total)
     else:
         if not call.ready:
             operands = laid_out(norm, operands)
-        if needed and norm.given and _needed(operands[5:]):
-            raise RuntimeError(traced.CONSTANT)
         step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
         y, total, saved = found = call.forward(operands, eps, step, needed)
         result = y if total is None else (y, total)

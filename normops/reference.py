@@ -43,7 +43,7 @@ def normalize(
     rstd = torch.rsqrt((h.square().mean(norm.reduced, keepdim=True) if var is None else var) + eps)
     xhat = h * rstd
     if norm.round_first:
-        xhat = xhat.to(s.dtype).to(h.dtype)
+        xhat = xhat + (xhat.to(s.dtype) - xhat).detach()  # exact; gradients are those without
     y = ACTIVATIONS[norm.activation].function(_affine(xhat, norm, operands))
     mean = None if mean is None else mean.reshape(norm.kept_shape)
     return as_like(y, out_dtype or x.dtype, x), s, mean, rstd.reshape(norm.kept_shape)

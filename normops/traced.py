@@ -11,6 +11,7 @@ parameters, of its own.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import TracebackType
@@ -22,8 +23,9 @@ from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
 
-from . import operators, sharding
+from . import native, operators, rules, sharding
 from .norm import Norm, Operands, batched, laid_out
+from .rules import Rule
 
 Tensors = Sequence[Tensor | None]
 Dims = tuple[int | None, ...]
@@ -80,11 +82,36 @@ def watched() -> bool:
     )  # fmt: skip
 
 
+def exporting() -> bool:
+    """Whether ``torch.onnx.export`` looks into what is computed now."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+def exported(
+    rule: Rule, norm: Norm, operands: Operands, arguments: tuple[Any, ...], eps: float,
+    out_dtype: torch.dtype | None, momentum: float | Tensor | None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """-> y and x + pre_add by the function of ``torch.nn.functional`` that has the rule's name; None without one."""
+    x, weight, bias, pre_add, *_, running_mean, running_var = operands
+    if rule is rules.normalize or norm.round_first or (rule is rules.rms_norm and _tracing() is not None):
+        return None  # the exporter of torch.jit knows no RMSNorm
+    total = x if pre_add is None else x + pre_add
+    function = getattr(torch.nn.functional, rule.__name__)
+    if any(t is not None and t.dtype != total.dtype for t in (weight, bias)):
+        return None  # which it refuses
+    if rule in (rules.batch_norm, rules.instance_norm):
+        y = function(total, running_mean, running_var, weight, bias, *arguments, momentum, eps)
+    elif rule is rules.rms_norm:
+        y = function(total, native.sizes(arguments[0]), weight, eps)
+    else:
+        y = function(total, native.sizes(arguments[0]) if rule is rules.layer_norm else arguments[0], weight, bias, eps)
+    return _cast(native.finished(y, norm, operands), out_dtype or x.dtype), total
+
+
 def normalize(
-    norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None, plain: bool
+    norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """-> y, sum, mean (None for RMS) and rstd.  `plain`: an eager call of plain tensors, for which there are no
-    kernels."""
+    """-> y, sum, mean (None for RMS) and rstd."""
     if not is_dynamo_compiling():
         sharding.register_for(operands.x)
     laid = laid_out(norm, operands)
@@ -94,9 +121,9 @@ def normalize(
     levels = set()
     if not is_dynamo_compiling() and _transforms_active():
         levels = {level.key() for level in torch._C._functorch.get_interpreter_stack() or ()}
-    if not plain and (decomposing or (len(levels) > 1 and TransformType.Functionalize in levels)):
+    if decomposing or exporting() or (len(levels) > 1 and TransformType.Functionalize in levels):
         y, total, mean, rstd = operators.decomposed_forward(*arguments)
-    elif not plain and (not levels or TransformType.Functionalize in levels):
+    elif not levels or TransformType.Functionalize in levels:
         y, total, mean, rstd = operators.forward(*arguments)
     else:
         y, total, mean, rstd = Forward.apply(*arguments)  # type: ignore[no-untyped-call]
@@ -214,7 +241,7 @@ def gradients(
     )  # fmt: skip
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype | None) -> Tensor | None:
+def _cast(t: Any, dtype: torch.dtype | None) -> Any:
     return t if t is None or t.dtype == dtype else t.to(dtype)
 
 

@@ -21,7 +21,7 @@ LAYERS = (
     {"ticketing", "views", "walks"},
     {"plan"},
     {"plan_forward", "plan_backward", "reference", "rules"},
-    {"launch"},
+    {"launch", "native"},
     {"calls"},
     {"operators"},
     {"sharding"},
@@ -68,8 +68,9 @@ ONLY = {
     "compiled": {"triton"},
     "launch": {"torch", ".compiled", ".counters", ".norm", ".plan", ".kernels"},
     "editing": set(),
+    "native": {"torch", ".activations", ".norm", ".reference", ".rules"},
     "calls": {
-        "torch", ".activations", ".compiled", ".gpus", ".launch", ".layout", ".norm", ".plan_forward",
+        "torch", ".activations", ".compiled", ".gpus", ".launch", ".layout", ".native", ".norm", ".plan_forward",
         ".plan_backward", ".rules", ".schedule", ".views",
     },
 }

@@ -26,7 +26,8 @@ print("reference")
 
 
 def test_inference_tensors_without_kernels(plain: Callable[[str], str]) -> None:
-    """Modules and inputs of inference mode serve outside of it, as PyTorch's do, and record nothing."""
+    """Modules and inputs of inference mode serve outside of it, as PyTorch's do, and record nothing but what
+    PyTorch's do: its RMSNorm multiplies tensors that are none of inference mode any more."""
     found = plain("""
 import torch
 from normops import nn
@@ -36,7 +37,7 @@ with torch.inference_mode():
     norms += [nn.BatchNorm2d(6).eval()]
 for norm in norms:
     y = norm(x)
-    assert not y.requires_grad and y.shape == x.shape
+    assert y.requires_grad <= isinstance(norm, nn.RMSNorm) and y.shape == x.shape
 print("nothing recorded")
 """)
     assert found == "nothing recorded"
