@@ -13,11 +13,12 @@ __version__ = "0.1.0"
 
 from . import activations, functional, nn
 from .conversion import convert, register_converter, report, restore
+from .faults import KernelError, fallback
 from .functional import normalize
 from .operators import decompositions
 from .traced import decompose
 
 __all__ = [
-    "__version__", "activations", "convert", "decompose", "decompositions", "functional", "nn", "normalize",
-    "register_converter", "report", "restore",
+    "KernelError", "__version__", "activations", "convert", "decompose", "decompositions", "fallback", "functional",
+    "nn", "normalize", "register_converter", "report", "restore",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 
 from . import traced
 from .calls import Call
+from .faults import KernelError
 
 
 class Normalize(torch.autograd.Function):
@@ -38,15 +39,18 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None = None) -> tuple[Any, ...]:
         call, kept = ctx.call, ctx.saved_tensors
+        asked = call.dtypes, ctx.needs_input_grad[3:], call.plain
         # create_graph: the gradient must be differentiable.
-        if torch.is_grad_enabled() or _looked_into(dy, dsum) or call.restrided(*kept):
+        found = None
+        if call.kernels and not (torch.is_grad_enabled() or _looked_into(dy, dsum) or call.restrided(*kept)):
+            try:
+                found = traced.gradients(call.backward, kept, dy, dsum, *asked)
+            except KernelError as error:
+                call.fall_back(error)
+        if found is None:
             norm = call.norm
-            options = (*norm.written, norm.given, ctx.eps, norm.activation)
-            run: Any = partial(traced.by_operator, options)
-            kept = (*kept[:4], *call.statistics(kept[4]))
-        else:
-            run = call.backward
-        found = traced.gradients(run, kept, dy, dsum, call.dtypes, ctx.needs_input_grad[3:], call.plain)
+            run = partial(traced.by_operator, (*norm.written, norm.given, ctx.eps, norm.activation))
+            found = traced.gradients(run, (*kept[:4], *call.statistics(kept[4])), dy, dsum, *asked)
         return None, None, None, *found
 
 

@@ -12,12 +12,12 @@ from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from . import native, schedule
+from . import faults, native, schedule
 from .activations import Act
 from .gpus import H200, Device
 from .layout import follows, split
@@ -31,21 +31,33 @@ Strides = tuple[int, ...]
 
 KNOWN = 4096
 """Calls that are remembered; one more, and all are forgotten."""
+STEPS = 64
+"""Steps that a call remembers likewise: by the strides of gradients."""
 
 
-TRITON = find_spec("triton") is not None
-"""There is none for some systems, where CPU tensors are all there is."""
+def _triton() -> tuple[bool, ImportError | None]:
+    """Whether kernels are interpreted, and what is missing for any to run."""
+    if find_spec("triton") is None:  # there is none for some systems, where CPU tensors are all there is
+        return False, ModuleNotFoundError("expected the package triton", name="triton")
+    import triton
 
-
-def _interpreted() -> bool:
-    if not TRITON:
-        return False
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 5):
+        return False, ImportError(f"expected triton >= 3.5, found {triton.__version__}", name="triton")
     from .compiled import INTERPRETED
 
-    return INTERPRETED
+    if INTERPRETED and version < (3, 7):
+        import numpy
+
+        if tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
+            return True, ImportError(
+                f"expected numpy < 2.4, for the interpreter of triton {triton.__version__} knows no later one, "
+                f"found {numpy.__version__}", name="numpy",
+            )  # fmt: skip
+    return INTERPRETED, None
 
 
-INTERPRETED = _interpreted()
+INTERPRETED, MISSING = _triton()
 _IN_INTERPRETER = replace(H200, ptx=False)
 _stand_in: Device | None = None
 """The device that CPU tensors are planned for and compiled for, see :func:`standing_in`."""
@@ -66,10 +78,14 @@ def device_facts(device: torch.device) -> Device:
 def uses_kernels(x: Tensor) -> bool:
     """CUDA tensors run the Triton kernels, CPU tensors only in Triton's interpreter (or where they stand in).
 
-    ModuleNotFoundError for CUDA tensors where there is no Triton."""
-    if x.device.type == "cuda" and not TRITON:
-        raise ModuleNotFoundError("normops runs CUDA tensors with Triton: expected the package triton", name="triton")
-    return x.device.type == "cuda" or (x.device.type == "cpu" and (INTERPRETED or _stand_in is not None))
+    ImportError where Triton is missing, or is too old."""
+    wanted = x.device.type == "cuda" or (x.device.type == "cpu" and (INTERPRETED or _stand_in is not None))
+    if wanted and MISSING is not None:
+        error = type(MISSING)(f"normops runs its kernels with Triton: {MISSING}", name=MISSING.name)
+        if not faults.falling_back:
+            raise error
+        faults.warn(error)
+    return wanted and MISSING is None
 
 
 @contextmanager
@@ -192,6 +208,8 @@ class Call:
             ))  # fmt: skip
             itemsize, given = self.sum_dtype.itemsize, self.norm.given
             plan = plan_backward(self.norm, shapes, itemsize, self.acc, given, needs, *self.facts)
+            if len(self._backward) >= STEPS:
+                self._backward.clear()
             step = self._backward[key] = Step(plan, BACKWARD, () if apart else self.norm.statistics, self.empty)
         return step
 
@@ -226,13 +244,16 @@ class Call:
                 mean = var = None
         if not self.tracks:
             running_mean = running_var = None
-        step = self.eager if saved is not None else None
-        if step is None:
-            step = self._step_forward(saved is not None, apart is not None)
-        step.launch(
-            (source, pre, None if pre is None else total, w, b, post, y, mean, rstd, var, running_mean, running_var,
-             saved, *step.workspace(x)), (eps, momentum), x.get_device(),
-        )  # fmt: skip
+        try:
+            step = self.eager if saved is not None else None
+            if step is None:
+                step = self._step_forward(saved is not None, apart is not None)
+            step.launch(
+                (source, pre, None if pre is None else total, w, b, post, y, mean, rstd, var, running_mean,
+                 running_var, saved, *step.workspace(x)), (eps, momentum), x.get_device(),
+            )  # fmt: skip
+        except Exception as error:
+            self._fail(error)
         return y, total, saved
 
     def backward(
@@ -243,21 +264,38 @@ class Call:
 
         kept: what was normalised, weight, bias, post_add, saved; mean and rstd come in the last, or `apart`."""
         x, w, b, post, saved = kept
-        step = self._step_backward(needs, dy, dsum, apart is not None)
         need_dx, need_dw, need_db, need_dpost = needs
-        dx = torch.empty_like(x) if need_dx else None
-        dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
-        dw = torch.empty_like(w) if need_dw and w is not None else None
-        db = torch.empty_like(b) if need_db and b is not None else None
-        if self.copied or not (dy.stride() == self.order and dsum is None):
-            like = dx if dx is not None else torch.empty_like(x)
-            x, dy, dsum, post = (_aligned(t, like) for t in (x, dy, dsum, post))  # type: ignore[assignment]
-        mean, rstd = apart or (None, None)
-        step.launch(
-            (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x)), (),
-            x.get_device(),
-        )  # fmt: skip
+        try:
+            step = self._step_backward(needs, dy, dsum, apart is not None)
+            dx = torch.empty_like(x) if need_dx else None
+            dpost = torch.empty_like(x, dtype=post.dtype) if need_dpost and post is not None else None
+            dw = torch.empty_like(w) if need_dw and w is not None else None
+            db = torch.empty_like(b) if need_db and b is not None else None
+            if self.copied or not (dy.stride() == self.order and dsum is None):
+                like = dx if dx is not None else torch.empty_like(x)
+                x, dy, dsum, post = (_aligned(t, like) for t in (x, dy, dsum, post))  # type: ignore[assignment]
+            mean, rstd = apart or (None, None)
+            step.launch(
+                (x, dy, w, b, post, dsum, dx, dpost, dw, db, mean, rstd, saved, *step.workspace(x)), (),
+                x.get_device(),
+            )  # fmt: skip
+        except Exception as error:
+            self._fail(error)
         return dx, dw, db, dpost
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """A KernelError that names the call; the interpreter's own errors stay."""
+        if INTERPRETED:
+            raise error
+        what = f"{self.norm.written[0]!r} of x of shape {tuple(self.shape)} and {self.dtypes[0]}"
+        raise faults.error_of(f"{what} on {self.facts[1].name}", error) from error
+
+    def fall_back(self, error: faults.KernelError) -> None:
+        """No more kernels of this call, where ``fallback`` is on; else the error."""
+        if not faults.falling_back:
+            raise error
+        faults.warn(error)
+        self.kernels = False
 
 
 def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
@@ -269,6 +307,7 @@ def _aligned(t: Tensor | None, like: Tensor) -> Tensor | None:
 
 known: dict[Any, Call] = {}
 """Calls by all that decides them, ``schedule.limits()`` among it."""
+faults.changed.append(known.clear)
 
 # Where an operand is: a number is hashed faster than a device.  It does not tell the meta device from a CPU, which
 # matters where PyTorch's own checks do not see what is read: in the interpreter.

@@ -32,6 +32,14 @@ def handle(kernel: Any) -> Handle | None:
     return kernel.run, kernel.function, kernel.packed_metadata
 
 
+def loaded(kernel: Any, grid: int, *arguments: Any, **options: Any) -> Handle | None:
+    """The kernel, compiled for such arguments and loaded on the current device, but not launched."""
+    compiled = kernel.warmup(*arguments, grid=(grid,), **options)
+    if hasattr(compiled, "_init_handles"):
+        compiled._init_handles()
+    return handle(compiled)
+
+
 def hooked() -> bool:
     """Whether someone watches launches (a profiler): they must go through ``kernel[grid]``, which tells them."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook

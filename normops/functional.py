@@ -22,6 +22,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from . import activations, autograd, calls, native, reference, rules, traced
 from .activations import Act
+from .faults import KernelError
 from .norm import Norm, Operands, accumulator, laid_out
 from .rules import Rule
 
@@ -82,13 +83,16 @@ def _run(
             mean, rstd = mean if mean is None else mean.detach(), rstd.detach()
         result = y if operands.pre_add is None else (y, total)
     else:
-        if not call.ready:
-            operands = laid_out(norm, operands)
+        laid = operands if call.ready else laid_out(norm, operands)
         step = float(momentum) if call.tracks else 0.0  # type: ignore[arg-type]
-        y, total, saved = found = call.forward(operands, eps, step, needed)
+        try:
+            y, total, saved = found = call.forward(laid, eps, step, needed)
+        except KernelError as error:
+            call.fall_back(error)
+            return _run(operands, rule, arguments, eps, activation, out_dtype, momentum, return_stats)
         result = y if total is None else (y, total)
         if needed:
-            result = autograd.apply(call, eps, found, *operands[:5])
+            result = autograd.apply(call, eps, found, *laid[:5])
         if call.tracks:
             _increment_version(operands[5:])
             moves = False

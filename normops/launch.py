@@ -89,20 +89,24 @@ class Step:
         return found
 
     def _bind(self, tensors: tuple[Tensor | None, ...], scalars: tuple[float, ...]) -> None:
+        """Compile, load and launch.  All kernels are loaded before one is launched: where one cannot be, nothing is
+        written."""
         operands = self.operands(tensors, scalars)
-        kernels = [
-            launch.kernel[(launch.grid,)](
+        calls = [
+            (launch, (
                 bundles.Operands(**{name: operands.get(given) for name, given in launch.operands.items()}),
                 *(operands[v] if isinstance(v, str) else v for v in launch.scalars),
                 launch.form,
-                num_warps=launch.num_warps,
-                enable_fp_fusion=True,  # the default so far; Triton 3.9 announces another
-            )
+            ), {"num_warps": launch.num_warps, "enable_fp_fusion": True})  # the default; Triton 3.9 announces another
             for launch in self.plan.launches
-        ]
-        handles = [compiled.handle(kernel) for kernel in kernels]
+        ]  # fmt: skip
+        handles: list[Any] = [None]
+        if not compiled.INTERPRETED:
+            handles = [compiled.loaded(one.kernel, one.grid, *given, **options) for one, given, options in calls]
+        for one, given, options in calls:
+            one.kernel[(one.grid,)](*given, **options)
         if None not in handles and all(t is None or t.data_ptr() % 16 == 0 for t in tensors):
-            self._keep(handles, tensors, len(scalars))  # type: ignore[arg-type]
+            self._keep(handles, tensors, len(scalars))
 
     def _keep(self, handles: list[compiled.Handle], tensors: tuple[Tensor | None, ...], scalars: int) -> None:
         """Write down where each argument of each kernel stands among tensors, pieces, scalars and constants."""

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from . import calls, reference, rules
 from .calls import Call
+from .faults import KernelError
 from .norm import Norm, Operands, accumulator, parse
 
 NAMESPACE = "normops"
@@ -167,7 +168,11 @@ def _forward(*arguments: Any) -> Four:
         torch.rsqrt(a.var.reshape(call.kept_shape).to(call.acc) + a.eps, out=rstd)
         if at_mean is not None and a.mean is not None:
             at_mean.copy_(a.mean.reshape(call.kept_shape))
-    y, added, _ = call.forward(operands, a.eps, apart=(at_mean, rstd))
+    try:
+        y, added, _ = call.forward(operands, a.eps, apart=(at_mean, rstd))
+    except KernelError as error:
+        call.fall_back(error)
+        return _forward(*arguments)
     return _all(a.x, (y, added, at_mean, rstd))
 
 
@@ -179,7 +184,11 @@ def _backward(*arguments: Any) -> Four:
     assert a.mean is not None and a.rstd is not None
     apart = _statistic(a.mean, call) if a.center else None, _statistic(a.rstd, call)
     kept = (a.x, operands.weight, operands.bias, a.post_add, None)
-    return _all(a.x, call.backward(kept, a.dy, a.dsum, tuple(a.output_mask), apart))
+    try:
+        return _all(a.x, call.backward(kept, a.dy, a.dsum, tuple(a.output_mask), apart))
+    except KernelError as error:
+        call.fall_back(error)
+        return _backward(*arguments)
 
 
 def _fake_forward(*arguments: Any) -> Four:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From right to left; a module may import modules of the rows above its own.
 LAYERS = (
-    {"kernels", "layout", "gpus", "activations", "compiled", "counters"},
+    {"kernels", "layout", "gpus", "activations", "compiled", "counters", "faults"},
     {"tile", "norm"},
     {"schedule"},
     {"ticketing", "views", "walks"},
@@ -69,9 +69,10 @@ ONLY = {
     "launch": {"torch", ".compiled", ".counters", ".norm", ".plan", ".kernels"},
     "editing": set(),
     "native": {"torch", ".activations", ".norm", ".reference", ".rules"},
+    "faults": {"torch"},
     "calls": {
-        "torch", ".activations", ".compiled", ".gpus", ".launch", ".layout", ".native", ".norm", ".plan_forward",
-        ".plan_backward", ".rules", ".schedule", ".views",
+        "numpy", "torch", "triton", ".activations", ".compiled", ".faults", ".gpus", ".launch", ".layout", ".native",
+        ".norm", ".plan_forward", ".plan_backward", ".rules", ".schedule", ".views",
     },
 }
 

@@ -68,4 +68,4 @@ try:
 except ModuleNotFoundError as error:
     print(error)
 """)
-    assert found == "normops runs CUDA tensors with Triton: expected the package triton"
+    assert found == "normops runs its kernels with Triton: expected the package triton"
