@@ -3,7 +3,7 @@
 # make networks  models of transformers and diffusers taken over, in an environment that has these
 # make bench     the benchmark
 # make lint      ruff and mypy
-# make versions  compile the layouts of the tests with several versions of Triton (VERSIONS="3.6 3.9": with these)
+# make versions  compilation and the fast tests with several versions of Triton and PyTorch (VERSIONS="3.6 2.9": with these)
 # make spills    compile 200 random calls for three devices that are not there: which of their kernels spill registers
 # make clean     remove the virtual environments and everything built
 # Needs Python >= 3.10 with venv, git and make; the rest is installed into .venv.
@@ -51,5 +51,5 @@ spills: .venv/.stamp
 	touch $@
 
 clean:
-	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf .venv .venv-[0-9]* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find normops kernels bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

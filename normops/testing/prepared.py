@@ -47,7 +47,8 @@ class _Prepared:
         finally:
             scopes, self._scopes = self._scopes, None
             for scope in reversed(scopes.values()):
-                scope.restore()
+                if scope is not None:  # Triton before 3.6 undoes nothing
+                    scope.restore()
 
 
 def _remembered(of: Any) -> Any:
