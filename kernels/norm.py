@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .activations import activation, activation_grad
-from .elements import where_negative, widen
+from .elements import least, where_negative, widen
 from .memory import ANY, load, load_at, load_kept, load_parameter, pointers, rounded, save, store
 from .sums import by_group, plus, sums_along, tile_total, totals
 from .tile import both, count, extent, first_columns, group_size, inside, mask_of, offsets
@@ -50,7 +50,7 @@ def load_pieces(
     PIECES: tl.constexpr = F.PIECES
     v = ()
     if ptr is not None:
-        for p in tl.static_range(FIRST, min(FIRST + NUMBER, PIECES)):
+        for p in tl.static_range(FIRST, least(FIRST + NUMBER, PIECES)):
             v = v + (load(ptr, t, p, STRIDES, F, KEEP),)
     return v
 
@@ -179,13 +179,14 @@ def write_output(o, v, mean, rstd, t, F: tl.constexpr, KEEP: tl.constexpr = ANY)
     Y: tl.constexpr = F.Y
     PIECES: tl.constexpr = F.PIECES
     # Those of several pieces at once: behind a store they would wait for it.
-    FEW: tl.constexpr = min(PIECES, max(4, 4096 // (F.BLOCK_K * F.BLOCK_A)))
-    AHEAD: tl.constexpr = PIECES if F.KEPT_FIRST or not F.PIECES_A else FEW
+    SMALL: tl.constexpr = F.BLOCK_K * F.BLOCK_A <= 1024
+    FEW: tl.constexpr = 4096 // (F.BLOCK_K * F.BLOCK_A) if SMALL else 4
+    AHEAD: tl.constexpr = PIECES if F.KEPT_FIRST or not F.PIECES_A else least(PIECES, FEW)
     for q in tl.static_range(0, PIECES, AHEAD):
         ws = load_parameters(o.w, t, q, AHEAD, 1.0, F)
         bs = load_parameters(o.b, t, q, AHEAD, 0.0, F)
         posts = load_pieces(o.post, t, POST, F, ANY, q, AHEAD)
-        for p in tl.static_range(q, min(q + AHEAD, PIECES)):
+        for p in tl.static_range(q, least(q + AHEAD, PIECES)):
             if F.ROUND:
                 z = rounded((widen(v[p], F) - mean) * rstd, v[p].dtype).to(F.ACC) * ws[p - q]
             else:
@@ -202,7 +203,7 @@ def load_parameters(ptr, t, FIRST: tl.constexpr, NUMBER: tl.constexpr, NONE: tl.
     """w or b of pieces from the FIRST on; NONE where there is none."""
     PIECES: tl.constexpr = F.PIECES
     v = ()
-    for p in tl.static_range(FIRST, min(FIRST + NUMBER, PIECES)):
+    for p in tl.static_range(FIRST, least(FIRST + NUMBER, PIECES)):
         if ptr is None:
             v = v + (NONE,)
         elif p == FIRST or F.PIECES_A:

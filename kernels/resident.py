@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .bundles import APPLY, STATISTICS
+from .elements import least
 from .memory import load_at, store
 from .norm import (
     first_elements,
@@ -127,7 +128,7 @@ def grad_group(o, n0, F: tl.constexpr):
     twice.  dw, db[m, c, a] (DIRECT, where there is one m: dw, db[c, a])."""
     PIECES: tl.constexpr = F.PIECES
     P: tl.constexpr = triton.next_power_of_2(PIECES)
-    V: tl.constexpr = min(F.ACCESS, F.BLOCK_S)
+    V: tl.constexpr = least(F.ACCESS, F.BLOCK_S)
     t = tile_of(tl.program_id(0), 0, 0, n0, F)
     mean, rstd = saved_statistics(o, t, F)
     w, b = parameters(o, t, F)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .elements import add_pairs
+from .elements import add_pairs, least
 
 
 @triton.jit
@@ -76,7 +76,8 @@ def along_columns(v, K: tl.constexpr, S: tl.constexpr):
     """[K, 1, S] -> [K, 1, 1], the sum along columns: by each of four warps for itself, then over these."""
     if S > 4:
         v = tl.sum(tl.reshape(v, (K, 4, S // 4)), 2)
-    return tl.reshape(halves(tl.reshape(v, (K, min(S, 4))), K, min(S, 4)), (K, 1, 1))
+    WARPS: tl.constexpr = least(S, 4)
+    return tl.reshape(halves(tl.reshape(v, (K, WARPS)), K, WARPS), (K, 1, 1))
 
 
 @triton.jit

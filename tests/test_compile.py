@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -21,3 +22,13 @@ def test_layouts_compile() -> None:
     assert summary, done.stdout
     launches, folded, runs = map(int, summary.groups())
     assert launches > 20 and folded > 0 and runs >= 3, "the sample holds what the compiler may refuse"
+
+
+def test_constants_stay_constants() -> None:
+    """min() and max() of constants make a tensor of them in Triton 3.5: kernels take a ``constexpr_function``."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or "constexpr_function" in ast.dump(function):
+                continue
+            called = {n.func.id for n in ast.walk(function) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+            assert not called & {"min", "max"}, f"{path.name}: {function.name}"
