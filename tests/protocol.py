@@ -324,36 +324,3 @@ class Code:
         if key not in self._after:
             self._after[key] = self._play((*self._histories[place], result))
         return self._after[key]
-
-    @cached_property
-    def _needed(self) -> dict[int, int]:
-        """Of the places that a right launch comes to: the locations loaded from there on, all before a release."""
-        order, next_ones = [self.start], dict[int, set[int]]()
-        for place in order:
-            next_ones[place] = {self.after(place, result) for result in self._results(self.ops[place])} - {END}
-            order += [p for p in next_ones[place] if p not in order]
-        found = dict.fromkeys(order, 0)
-        changed = True
-        while changed:
-            changed = False
-            for place in reversed(order):
-                needed = self._loaded(self.ops[place])
-                for p in next_ones[place]:
-                    needed |= found[p]
-                changed = changed or needed != found[place]
-                found[place] = needed
-        return found
-
-    def _results(self, op: Op) -> range:
-        if isinstance(op, Number) or (isinstance(op, Atomic | Load) and op.word == 0):
-            return range(self.launch.programs)
-        return range(2 * self.launch.unit + 2) if isinstance(op, Atomic | Load) else range(1)
-
-    def _loaded(self, op: Op) -> int:
-        if isinstance(op, Atomic) and op.sem in ("release", "acq_rel"):
-            return -1
-        return halves(op.location) if isinstance(op, Data) and not op.stores else 0
-
-    def needed(self, place: int) -> int:
-        """What of a view can still matter."""
-        return 0 if place == END else self._needed.get(place, -1)

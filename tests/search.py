@@ -1,14 +1,14 @@
 """All orders of the steps of a ticketed launch; see protocol.py for what a step is, and what threads see of memory.
 
 A state is where the threads of all programs are, what they see, and what the words hold.  Steps that no other program
-sees (barriers, loads and stores, which an atomic makes known) are taken at once.  Of two states that differ in what is
-seen alone, the one where less is seen stands for both.  The code has no loop but that of a wait, which ends or changes
-nothing: so states form no circle, and where each state but the last has a step, every run ends.
+sees (barriers, loads and stores, which an atomic makes known) are taken at once.  The code has no loop but that of a
+wait; a turn of it is no step, as all that it does is that more is seen.  So states form no circle, and where each but
+the last has a step, every run ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from normops.ticketing import FIRST_STATE
@@ -57,42 +57,19 @@ class Search:
         units = range(launch.tiles // launch.unit)
         self._words = {0: 0} | {FIRST_STATE + unit: 1 + unit for unit in units}
         self._bits = THREADS * code.locations
-        self._seen: dict[Hashable, list[int]] = {}
         self._begin = State(launch.programs, (1 << launch.programs) - 1, (), (Word(),) * len(self._words), 0)
 
     def run(self) -> int:
         """The number of states; raises Violation."""
-        stack, states = [(self._control(self._begin), self._begin)], 0
+        stack, seen = [self._begin], {self._begin}
         while stack:
-            control, state = stack.pop()
-            if self._known(control, state):
-                continue
-            states += 1
-            following = [(c, s) for s in self._steps(state) if (c := self._control(s)) != control]
+            state = stack.pop()
+            following = {*self._steps(state)}
             if not following:
                 self._end(state)
-            stack += following
-        return states
-
-    @staticmethod
-    def _control(state: State) -> Hashable:
-        """All but what is seen."""
-        words = tuple([(w.value, w.first and w.first[0]) for w in state.words])
-        return state.left, state.ids, tuple([p.places for p in state.programs]), words, state.written
-
-    def _known(self, control: Hashable, state: State) -> bool:
-        """Whether a state was visited in which no more is seen: what goes wrong from here goes wrong from there."""
-        views = [view for program in state.programs for view in program.views]
-        for word in state.words:
-            views += [word.view, word.first[1] if word.first else 0]
-        packed = 0
-        for view in views:
-            packed = packed << self._bits | view
-        known = self._seen.setdefault(control, [])
-        if any(not less & ~packed for less in known):
-            return True
-        known[:] = [*(more for more in known if packed & ~more), packed]
-        return False
+            stack += following - seen
+            seen |= following
+        return len(seen)
 
     def _end(self, state: State) -> None:
         """Of a state without steps."""
@@ -117,14 +94,14 @@ class Search:
                 if isinstance(op, Load):
                     yield from self._load(rest, places, views, thread, op)
                 elif isinstance(op, Atomic) and thread == 0:
-                    yield self._atomic(rest, places, views, op)
+                    yield from self._atomic(rest, places, views, op)
 
     def _starts(self, state: State) -> Iterator[State]:
         """A program begins, with the step that tells it from others; before that it might not have begun as well."""
         code, rest, views = self._code, state._replace(left=state.left - 1), (0,) * THREADS
         op = self._op(code.start)
         if isinstance(op, Atomic):
-            yield self._atomic(rest, (code.start,) * THREADS, views, op)
+            yield from self._atomic(rest, (code.start,) * THREADS, views, op)
         else:
             assert isinstance(op, Number)
             for i in (i for i in range(code.launch.programs) if state.ids >> i & 1):
@@ -145,7 +122,7 @@ class Search:
                 seen = views[thread] | (view if op.sem == "acquire" else 0)
                 yield self._local(rest, _with(places, thread, place), _with(views, thread, seen))
 
-    def _atomic(self, rest: State, places: tuple[int, ...], views: tuple[int, ...], op: Atomic) -> State:
+    def _atomic(self, rest: State, places: tuple[int, ...], views: tuple[int, ...], op: Atomic) -> Iterator[State]:
         at = self._place_of(op.word)
         value, view, first = rest.words[at]
         if op.sem in ("acquire", "acq_rel"):
@@ -156,10 +133,13 @@ class Search:
         new = {"add": value + op.operand, "exch": op.operand, "inc": wrapped}[op.action]
         first = None if at == 0 or new <= self._code.launch.unit else first or (new, view)
         rest = rest._replace(words=_with(rest.words, at, Word(new, view, first)))
-        if op.used:
-            assert len({*places}) == 1, "not modelled: a result handed to a thread that is not there yet"
-            return self._local(rest, (self._code.after(places[0], value),) * THREADS, views)
-        return self._local(rest, _with(places, 0, self._code.after(places[0])), views)
+        if not op.used:
+            yield self._local(rest, _with(places, 0, self._code.after(places[0])), views)
+            return
+        assert len({*places}) == 1, "not modelled: a result handed to a thread that is not there yet"
+        place = self._code.after(places[0], value)
+        if place != places[0]:
+            yield self._local(rest, (place,) * THREADS, views)
 
     def _local(self, rest: State, places: tuple[int, ...], views: tuple[int, ...]) -> State:
         """After all of a program's steps that no other program sees."""
@@ -179,7 +159,6 @@ class Search:
                 views = (views[0] | views[1],) * THREADS
         programs = rest.programs
         if {*places} != {END}:
-            views = tuple([view & code.needed(place) for view, place in zip(views, places, strict=True)])
             programs = tuple(sorted([*programs, Program(places, views)]))
         return rest._replace(programs=programs, written=written)
 
