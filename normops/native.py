@@ -111,11 +111,14 @@ def _batch(norm: Norm, o: Operands, arguments: tuple[Any, ...], eps: float, mome
         assert mean is not None and var is not None
         if not _sound(mean, torch.rsqrt(var + eps), 0.0):
             return None
+        if torch.is_grad_enabled():  # a copy: running statistics may move on before the backward
+            mean, var = mean.clone(), var.clone()
         return torch.native_batch_norm(o.x, o.weight, o.bias, mean, var, False, 0.0, eps)[0]
     before = [t if t is None else t.clone() for t in running]
     step = 0.0 if momentum is None else float(momentum)
     y, mean, rstd = torch.native_batch_norm(o.x, o.weight, o.bias, *running, True, step, eps)
     if _sound(mean, rstd, eps):
+        torch.autograd.graph.increment_version([t for t in running if t is not None])  # PyTorch does not say so
         return y
     for t, old in zip(running, before, strict=True):
         if t is not None and old is not None:

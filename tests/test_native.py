@@ -139,6 +139,20 @@ assert torch.allclose(y.double(), T.batch_norm(exact, mean.double(), var.double(
 """)) == "right"  # fmt: skip
 
 
+def test_an_evaluation_keeps_its_statistics(plain: Callable[[str], str]) -> None:
+    """Its backward is right after they moved on, which also shows in their versions."""
+    assert plain(PROGRAM.format("""
+x, mean, var = torch.randn(4, 8, 5, requires_grad=True), torch.zeros(8), torch.ones(8)
+y = F.batch_norm(x, mean, var)
+(before,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+version = var._version
+F.batch_norm(7 * x.detach(), mean, var, training=True)
+assert var._version > version
+(after,) = torch.autograd.grad(y.sum(), x)
+assert torch.equal(before, after)
+""")) == "right"  # fmt: skip
+
+
 def test_derivatives_of_derivatives(plain: Callable[[str], str]) -> None:
     assert plain(PROGRAM.format("""
 from torch.autograd import gradgradcheck
