@@ -114,16 +114,16 @@ def _batch(norm: Norm, o: Operands, arguments: tuple[Any, ...], eps: float, mome
         if torch.is_grad_enabled():  # a copy: running statistics may move on before the backward
             mean, var = mean.clone(), var.clone()
         return torch.native_batch_norm(o.x, o.weight, o.bias, mean, var, False, 0.0, eps)[0]
-    before = [t if t is None else t.clone() for t in running]
+    # Copies: PyTorch would keep these for the backward, and not tell that it moved them.
+    moved_mean, moved_var = (t if t is None else t.clone() for t in running)
     step = 0.0 if momentum is None else float(momentum)
-    y, mean, rstd = torch.native_batch_norm(o.x, o.weight, o.bias, *running, True, step, eps)
-    if _sound(mean, rstd, eps):
-        torch.autograd.graph.increment_version([t for t in running if t is not None])  # PyTorch does not say so
-        return y
-    for t, old in zip(running, before, strict=True):
-        if t is not None and old is not None:
-            t.copy_(old)
-    return None
+    y, mean, rstd = torch.native_batch_norm(o.x, o.weight, o.bias, moved_mean, moved_var, True, step, eps)
+    if not _sound(mean, rstd, eps):
+        return None
+    for t, value in zip(running, (moved_mean, moved_var), strict=True):
+        if t is not None and value is not None:
+            t.copy_(value)
+    return y
 
 
 def _instance(norm: Norm, o: Operands, arguments: tuple[Any, ...], eps: float, momentum: Any) -> Tensor | None:

@@ -140,9 +140,13 @@ assert torch.allclose(y.double(), T.batch_norm(exact, mean.double(), var.double(
 
 
 def test_an_evaluation_keeps_its_statistics(plain: Callable[[str], str]) -> None:
-    """Its backward is right after they moved on, which also shows in their versions."""
+    """Its backward is right after they moved on, which also shows in their versions; so is one in training."""
     assert plain(PROGRAM.format("""
 x, mean, var = torch.randn(4, 8, 5, requires_grad=True), torch.zeros(8), torch.ones(8)
+w = torch.rand(8, requires_grad=True)
+found = torch.autograd.grad(F.batch_norm(x, mean, var, w, None, True).square().sum(), (x, w))
+theirs = torch.autograd.grad(T.batch_norm(x, None, None, w, None, True).square().sum(), (x, w))
+assert all(torch.equal(a, b) for a, b in zip(found, theirs))
 y = F.batch_norm(x, mean, var)
 (before,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
 version = var._version
