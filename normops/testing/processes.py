@@ -11,6 +11,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -18,21 +19,12 @@ import torch
 from torch import Tensor
 from triton.runtime import interpreter
 
+from .accesses import LOAD, Access, Method, around
+
 _WAITING = 50e-6
 """Seconds that a process sleeps where a program reads one address again and again."""
 _PAUSES = (-6.0, -1.5)
 """Decimal logarithms of the shortest and of the longest pause, in seconds: from one access to a whole program."""
-
-
-def tensors_in(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in an argument: in tuples, tensor descriptors and reinterpreted tensors, too."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, tuple | list):
-        for i, part in enumerate(value):
-            yield from tensors_in(f"{name}[{i}]", part)
-    elif isinstance(getattr(value, "base", None), Tensor):
-        yield name, value.base
 
 
 class Memory:
@@ -128,36 +120,30 @@ def _lane_by_lane(original: Callable[..., Any], lock: Any) -> Callable[..., Any]
     return method
 
 
-def patch_interpreter(jitter: Jitter, lock: Any) -> None:
+@contextmanager
+def jittered(jitter: Jitter, lock: Any) -> Iterator[None]:
     """Jitter before every access; atomics of less than 32 bits made atomic between processes.
 
     The interpreter's atomics are the machine's, hence atomic between processes, but for float16: that sum is guarded by
     a mutex of the process.  All narrow ones take the lock, so that different operations on one address exclude each
     other.
     """
-    builder = interpreter.InterpreterBuilder
 
-    def patch(name: str, place: int, atomic: bool) -> None:
-        original = getattr(builder, name, None)
-        if original is None:  # not in this version of Triton
-            return
+    def wrap(access: Access, original: Method) -> Method | None:
+        if access.inner == LOAD.method:
+            return None
         guarded = _lane_by_lane(original, lock)
 
-        def method(self: Any, *args: Any) -> Any:
-            ptr = args[place]
-            jitter(ptr, atomic)
-            narrow = atomic and ptr.get_element_ty().primitive_bitwidth < 32
-            return (guarded if narrow else original)(self, *args)
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            ptr = args[access.ptr]
+            jitter(ptr, access.atomic)
+            narrow = access.atomic and ptr.get_element_ty().primitive_bitwidth < 32
+            return (guarded if narrow else original)(self, *args, **kwargs)
 
-        setattr(builder, name, method)
+        return method
 
-    # The interpreter's unmasked create_load and create_store, the tensor descriptors and, from Triton 3.9 on,
-    # create_atomic_load and create_atomic_poll come down to the masked ones.
-    patch("create_masked_load", 0, atomic=False)
-    patch("create_masked_store", 0, atomic=False)
-    patch("create_atomic_rmw", 1, atomic=True)
-    patch("create_atomic_cas", 0, atomic=True)
-    patch("create_atomic_store", 0, atomic=True)
+    with around(wrap):
+        yield
 
 
 class Programs:

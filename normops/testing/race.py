@@ -18,8 +18,9 @@ import numpy as np
 from triton.runtime import interpreter
 
 from ..compiled import INTERPRETED
+from .accesses import tensors_in
 from .prepared import prepare_once
-from .processes import Executor, Jitter, Memory, Programs, patch_interpreter, tensors_in
+from .processes import Executor, Jitter, Memory, Programs, jittered
 
 ORDERS = ("shuffled", "launch")
 _START = 60.0
@@ -127,10 +128,10 @@ class _Team:
         jitter = Jitter(self._jitter, f"{self._seed} {me}")
         try:
             self._memory.adopt()
-            patch_interpreter(jitter, self._lock)
             prepare_once()
             programs = Programs(self._function, lambda program: self._serve(me, link, jitter, program))
-            Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
+            with jittered(jitter, self._lock):
+                Executor(programs, self._kernel.arg_names, (1,))(*self._args, **self._kwargs)
         except BaseException:
             with suppress(BrokenPipeError):
                 link.send(traceback.format_exc())

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from torch import Tensor
-from triton.runtime import interpreter
 
 from ..calls import INTERPRETED
+from .accesses import Access, Method, around, around_launches, lanes
 
 OTHER = "other"
 
@@ -120,15 +120,6 @@ def _check(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"{owner} and {name} share one storage: watch one of them")
 
 
-def _lanes(ptr: Any, mask: Any = None) -> tuple[np.ndarray, int]:
-    """Addresses of the lanes that are not masked out, and the size of an element."""
-    addresses = np.asarray(ptr.data).astype(np.int64)
-    size = max(1, ptr.get_element_ty().primitive_bitwidth // 8)
-    if mask is None:
-        return addresses.ravel(), size
-    return addresses[np.broadcast_to(np.asarray(mask.data).astype(bool), addresses.shape)], size
-
-
 @contextmanager
 def traffic(**tensors: Tensor) -> Iterator[Traffic]:
     """Count the bytes that kernels load and store, per watched tensor, while the block runs.
@@ -149,50 +140,26 @@ def traffic(**tensors: Tensor) -> Iterator[Traffic]:
     """
     _check(tensors)
     found = Traffic(dict(tensors))
-    builder = interpreter.InterpreterBuilder
-    patched: list[tuple[type, str, Callable[..., Any]]] = []
 
-    def patch(owner: type, name: str, before: Callable[..., None]) -> None:
-        original = getattr(owner, name, None)
-        if original is None:  # not in this version of Triton
-            return
+    def launching(original: Method) -> Method:
+        def launch(*args: Any, **kwargs: Any) -> Any:
+            found.launches += 1
+            found._alive.append((args, kwargs))
+            return original(*args, **kwargs)
 
+        return launch
+
+    def counting(access: Access, original: Method) -> Method:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            before(*args, **kwargs)
+            addresses, size = lanes(access, args)
+            found.atomics += addresses.size if access.atomic else 0
+            if access.reads and not access.inner:
+                found._loads.add(addresses, size)
+            if access.writes and not access.inner:
+                found._stores.add(addresses, size)
             return original(self, *args, **kwargs)
 
-        patched.append((owner, name, original))
-        setattr(owner, name, method)
+        return method
 
-    def launch(*args: Any, **kwargs: Any) -> None:
-        found.launches += 1
-        found._alive.append((args, kwargs))
-
-    def load(ptrs: Any, mask: Any, *_: Any, **__: Any) -> None:
-        found._loads.add(*_lanes(ptrs, mask))
-
-    def store(ptrs: Any, value: Any, mask: Any, *_: Any, **__: Any) -> None:
-        found._stores.add(*_lanes(ptrs, mask))
-
-    def atomic(ptr: Any, mask: Any = None, moves: bool = True) -> None:
-        addresses, size = _lanes(ptr, mask)
-        found.atomics += addresses.size
-        if moves:
-            found._loads.add(addresses, size)
-            found._stores.add(addresses, size)
-
-    # The interpreter's unmasked create_load, create_store and the tensor descriptors come down to the masked ones.
-    patch(interpreter.GridExecutor, "__call__", launch)
-    patch(builder, "create_masked_load", load)
-    patch(builder, "create_masked_store", store)
-    patch(builder, "create_atomic_rmw", lambda op, ptr, value, mask, *_, **__: atomic(ptr, mask))
-    patch(builder, "create_atomic_cas", lambda ptr, *_, **__: atomic(ptr))
-    # From Triton 3.9 on; these come down to the masked load and store as well.
-    patch(builder, "create_atomic_poll", lambda ptr, *_, **__: atomic(ptr, moves=False))
-    patch(builder, "create_atomic_load", lambda ptr, mask, *_, **__: atomic(ptr, mask, moves=False))
-    patch(builder, "create_atomic_store", lambda ptr, value, mask, *_, **__: atomic(ptr, mask, moves=False))
-    try:
+    with around_launches(launching), around(counting):
         yield found
-    finally:
-        for owner, name, original in reversed(patched):
-            setattr(owner, name, original)
