@@ -36,7 +36,7 @@ EXAMPLES = {
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, globs={})
     if test.examples
 }
-INTERPRETED = ("plans", "Planned", "traffic", "Traffic", "race")
+INTERPRETED = ("plans", "Planned", "traffic", "Traffic", "race", "sanitize", "Sanitizer")
 """Names of which an example launches kernels on CPU tensors."""
 CONSTANTS: dict[str, ModuleType] = {"__version__": normops, "NAMES": activations, "HARDWARE": hardware}
 """Public names that cannot hold a docstring, and the module whose docstring shows them."""

@@ -1,5 +1,5 @@
-"""Instruments: bytes that kernels move, and programs at the same time, in Triton's interpreter; what they compile to on
-a named device, what they execute there, and how long that should take.
+"""Instruments: bytes that kernels move, faulty accesses, and programs at the same time, in Triton's interpreter; what
+they compile to on a named device, what they execute there, and how long that should take.
 
 `explain`, `plans` and the module `cost` are about calls of normops; all others work for any Triton kernel.
 """
@@ -11,6 +11,7 @@ from .plans import Planned, plans
 from .predict import Demand, Prediction, Time, predict
 from .prepared import prepare_once
 from .race import Race, race
+from .sanitize import Fault, Sanitizer, sanitize
 from .traffic import Traffic, traffic
 from .virtual import VirtualDevice, VirtualLaunch, virtual_device
 
@@ -20,10 +21,12 @@ __all__ = [
     "Direction",
     "Executed",
     "Explanation",
+    "Fault",
     "Hardware",
     "Planned",
     "Prediction",
     "Race",
+    "Sanitizer",
     "Time",
     "Traffic",
     "VirtualDevice",
@@ -34,6 +37,7 @@ __all__ = [
     "predict",
     "prepare_once",
     "race",
+    "sanitize",
     "traffic",
     "virtual_device",
 ]
