@@ -38,7 +38,8 @@ def extent(AXIS: tl.constexpr, n0, F: tl.constexpr):
         n = n0
     else:
         OUTER: tl.constexpr = SIZES[0]
-        n = OUTER
+        # Of this size Triton makes an unsigned number, which goes with no other.
+        n = OUTER if OUTER >> 31 != 1 else tl.full((), OUTER, tl.int64)
     for d in tl.static_range(1, len(SIZES)):
         n = times(n, SIZES[d])
     return n
