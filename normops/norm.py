@@ -127,7 +127,9 @@ class Norm(NamedTuple):
             left.append(inner if len(sizes) == 1 else f"({inner})")
             at += len(sizes)
         kept = [name for i, name in enumerate(names) if i not in self.reduced]
-        lengths = tuple(n for sizes in self.factors for n in sizes[:-1])
+        empty = any(n.__class__ is int and n == 0 for sizes in self.factors for n in sizes[:-1])
+        known = [sizes if empty and len(sizes) > 1 else sizes[:-1] for sizes in self.factors]  # of 0 none is inferred
+        lengths = tuple(n for sizes in known for n in sizes)
         affine = " ".join(names[i] for i in self.affine)
         return f"{' '.join(left)} -> {' '.join(kept)}", affine, lengths or None, self.center
 
@@ -209,9 +211,10 @@ def _lengths(left: Groups, lengths: Mapping[str, int] | Sequence[int] | None, pa
     """The length of each name that has one."""
     if not isinstance(lengths, Mapping):
         names = [name for group in left for name in group[:-1]]
-        if len(names) != len(lengths or ()):
+        every = [name for group in left for name in group if len(group) > 1]
+        if len(lengths or ()) not in (len(names), len(every)):
             _fail(pattern, f"lengths must be one for each name but the last of a split axis, {names}, got {lengths}")
-        return dict(zip(names, lengths or (), strict=True))
+        return dict(zip(every if len(lengths or ()) == len(every) else names, lengths or (), strict=True))
     known = {name for group in left for name in group} - {ELLIPSIS}
     for name, length in lengths.items():
         if name not in known:
@@ -257,7 +260,8 @@ def parse(
             too.
         shape: the shape of x.
         affine: the names that weight and bias vary along, ``"(g c)"`` for one of shape ``(g·c,)``; None without.
-        lengths: sizes by name, all but one of a group; or those of all names but the last of each group, in order.
+        lengths: sizes by name, all but one of a group; or in order, those of all names of split axes, or of all but
+            the last of each.
 
     Raises:
         ValueError: the pattern is malformed, does not fit the shape, reduces nothing, or a length is not used.

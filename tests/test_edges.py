@@ -156,6 +156,15 @@ def test_no_groups(shape: tuple[int, ...], axes: tuple[int, ...], device: torch.
     assert y.shape == shape and mean.shape == kept and rstd.shape == kept
 
 
+def test_an_axis_that_splits_into_none_of_something(device: torch.device) -> None:
+    """Sizes of 0 in a split axis, from which no other one can be inferred."""
+    x = torch.empty(9, 0, 3, device=device, requires_grad=True)
+    w = torch.ones(4, device=device, requires_grad=True)
+    y = normops.normalize(x, "a (b c d) e -> a b", w, affine="d", b=3, c=0, d=4)
+    dx, dw = torch.autograd.grad(y.sum(), [x, w])
+    assert y.shape == dx.shape == x.shape and dw.shape == (4,) and not dw.any()
+
+
 @pytest.mark.parametrize("which", ENGINES)
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
 def test_constant_input(value: float, which: str, device: torch.device) -> None:
