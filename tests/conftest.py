@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated: before anything imports normops
 
-from normops import calls, launch
 from normops.testing import prepare_once
+from tests.fresh_memory import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # pytest -n shares out the cores
@@ -25,32 +24,11 @@ torch.set_num_threads(1)  # pytest -n shares out the cores
 prepare_once()  # without it tests of values take four times as long
 
 
-class _Poisoned:
-    """torch, but empty tensors hold NaN: what a kernel forgets to write, or reads before it is written, shows."""
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = torch.empty(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    @staticmethod
-    def empty_like(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = torch.empty_like(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-    @staticmethod
-    def empty_strided(*args: Any, **kwargs: Any) -> torch.Tensor:
-        t = torch.empty_strided(*args, **kwargs)
-        return t.fill_(float("nan")) if t.is_floating_point() else t
-
-
 @pytest.fixture(autouse=True)
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (calls, launch):
-        monkeypatch.setattr(module, "torch", _Poisoned())
+def poison() -> Iterator[None]:
+    """What a kernel forgets to write, or reads before it is written, shows as NaN."""
+    with filled(float("nan")):
+        yield
 
 
 @pytest.fixture
