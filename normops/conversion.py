@@ -164,13 +164,15 @@ def restore(model: Module) -> Module:
 
 
 def report(model: Module) -> Report:
-    """What is, or would be, converted: a row for each norm, printed as a table.
+    """What is, or would be, converted: a row for each norm, printed as a table.  TypeError where `model` is no module.
 
     >>> import torch, normops
     >>> print(normops.report(normops.convert(torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.SiLU()))))
     module  was                 is         fused with       why not
     0       torch.nn.LayerNorm  LayerNorm  activation silu  -
     """
+    if not isinstance(model, Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     rows = Report()
     for path, module in model.named_modules():
         found = fusing.taken(module)
