@@ -331,9 +331,10 @@ def find(
             operands.running_mean is not None and any(t.requires_grad for t in operands[5:] if t is not None),
         )  # fmt: skip
         found = known.get(key)
-        if found is not None:
+        # Without kernels a place may be the meta device's, see above.
+        if found is not None and (found.kernels or not any(t is not None and t.is_meta for t in operands)):
             return found
-    except (AttributeError, TypeError):  # not a tensor, or nothing to hash: the checks say what it is
+    except (AttributeError, TypeError, RuntimeError):  # no tensor, or a nested one, or nothing to hash: checks say it
         key = None
     if any(t is not None and (type(t) not in PLAIN or t.is_neg()) for t in operands):
         return None
