@@ -23,7 +23,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 from . import activations, autograd, calls, native, reference, rules, traced
 from .activations import Act
 from .faults import KernelError
-from .norm import Norm, Operands, accumulator, laid_out
+from .norm import Norm, Operands, accumulator, flag, laid_out, real, whole
 from .rules import Rule
 
 NO_MOMENTUM = "{}: momentum must be a float here, got None; cumulative averages are the module's"
@@ -51,13 +51,17 @@ def _run(
         activation = activations.check(activation)
     call = None if traced.watched() else calls.find(operands, rule, arguments, activation, out_dtype)
     norm = rules.norm_of(operands, rule, arguments, activation, out_dtype) if call is None else call.norm
-    if eps is None:
+    if eps is None and rule is rules.rms_norm:
         # Not a constant of this module: a compiler would take that for something that may change.
         eps = torch.finfo(accumulator(operands.x.dtype)).eps
     if eps.__class__ is not float:
         if isinstance(eps, Tensor):
             raise TypeError(f"{rule.__name__}: eps must be a float, got a Tensor of shape {tuple(eps.shape)}")
-        eps = float(eps)
+        eps = real(eps, "eps")
+    if eps <= 0 and rule is rules.batch_norm and (eps < 0 or not norm.given):
+        raise ValueError(f"batch_norm: eps must be positive (0 with given statistics), got {eps}")
+    if momentum.__class__ is not float and momentum is not None and not isinstance(momentum, Tensor):
+        momentum = real(momentum, "momentum")
     moves = operands.running_mean is not None and not norm.given
     if moves and momentum is None:
         raise ValueError(NO_MOMENTUM.format(rule.__name__))
@@ -203,9 +207,13 @@ def normalize(
     >>> normops.normalize(torch.randn(2, 6, 5), "n (g c) l -> n g", g=3).shape
     torch.Size([2, 6, 5])
     """
-    key = tuple(axes) if isinstance(axes, list) else axes
+    key = axes if isinstance(axes, str) else rules.sizes(axes, "axes")
     operands = Operands(x, weight, bias, pre_add, post_add)
-    arguments = (key, affine, center, tuple(lengths.items()))
+    # Lengths that are no ints come in lists, which are not looked up: 2.0 would be found where 2 came before.
+    given: Any = tuple([item if item[1].__class__ is int else [*item] for item in lengths.items()])
+    arguments = (key, affine, center, given)
+    if return_stats.__class__ is not bool:
+        return_stats = flag(return_stats, "return_stats")
     return _run(operands, rules.normalize, arguments, eps, activation, out_dtype, None, return_stats)
 
 
@@ -308,7 +316,7 @@ def layer_norm(
     >>> y[0], hidden[0]
     (tensor([0., 0., 0.]), tensor([2., 2., 2.]))
     """
-    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
+    shape = rules.sizes(normalized_shape, "normalized_shape")
     operands = Operands(input, weight, bias, pre_add, post_add)
     return _run(operands, rules.layer_norm, (shape,), eps, activation, out_dtype)
 
@@ -341,7 +349,7 @@ def rms_norm(
     >>> normops.functional.rms_norm(torch.ones(2, 4, dtype=torch.bfloat16), (4,), out_dtype=torch.float32).dtype
     torch.float32
     """
-    shape = tuple(normalized_shape) if isinstance(normalized_shape, (tuple, list)) else normalized_shape
+    shape = rules.sizes(normalized_shape, "normalized_shape")
     operands = Operands(input, weight, None, pre_add, post_add)
     return _run(operands, rules.rms_norm, (shape, round_first), eps, activation, out_dtype)
 
@@ -372,5 +380,7 @@ def group_norm(
     >>> normops.functional.group_norm(torch.randn(2, 6, 4), 3, activation="silu").shape
     torch.Size([2, 6, 4])
     """
+    if num_groups.__class__ is not int:
+        num_groups = whole(num_groups, "num_groups")
     operands = Operands(input, weight, bias, pre_add, post_add)
     return _run(operands, rules.group_norm, (num_groups,), eps, activation, out_dtype)

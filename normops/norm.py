@@ -8,7 +8,7 @@ axis of size one, ``...`` stands for any number of axes.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from difflib import get_close_matches
 from math import prod
 from operator import index
@@ -20,7 +20,10 @@ from torch import Tensor
 from .layout import dense_strides, split
 
 ELLIPSIS = "..."
-OPTIONS = ("affine", "eps", "center", "activation", "pre_add", "post_add", "return_stats", "out_dtype", "bias")
+OPTIONS = (
+    "affine", "eps", "center", "activation", "pre_add", "post_add", "return_stats", "out_dtype", "weight", "bias",
+    "device", "dtype",
+)  # fmt: skip
 """What else stands beside lengths in a call: what a misspelt one may have meant."""
 _TOKEN = re.compile(r"\([^()]*\)|\.\.\.|[^\s().]+|[().]")
 Sizes = tuple[int, ...]
@@ -162,6 +165,23 @@ def whole(n: Any, name: str) -> int:
         raise TypeError(f"{name} must be an int, got {n!r}") from None
 
 
+def real(n: Any, name: str) -> float:
+    """n as a float, as which integers and NumPy's numbers count too, but no text."""
+    known = isinstance(n, (float, int, torch.SymFloat, torch.SymInt))  # compilers look at no attributes of theirs
+    if not known and (isinstance(n, str) or not hasattr(n, "__float__")):
+        raise TypeError(f"{name} must be a float, got {n!r}")
+    return float(n)
+
+
+def flag(value: Any, name: str) -> bool:
+    """value as a bool, as which only what equals one counts."""
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, Hashable) or value not in (True, False):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
+
+
 def _fail(pattern: str, message: str, shape: Sequence[int] | None = None) -> NoReturn:
     raise ValueError(f"pattern {pattern!r}{'' if shape is None else f' on shape {tuple(shape)}'}: {message}")
 
@@ -188,6 +208,8 @@ def _groups(text: str, side: str, pattern: str) -> Groups:
 
 def _syntax(pattern: str, affine: str | None) -> tuple[Groups, Groups, Groups]:
     """The left side, the right side and what parameters vary along."""
+    if affine is not None and not isinstance(affine, str):
+        raise TypeError(f"affine must be a str or None, got {affine!r}")
     sides = pattern.split("->")
     if len(sides) != 2:
         _fail(pattern, f"expected one '->' as in 'n c h w -> n', got {len(sides) - 1}")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import activations
 from .activations import Act
-from .norm import DTYPES, OPTIONS, Norm, Operands, parse, whole
+from .norm import DTYPES, OPTIONS, Norm, Operands, flag, parse, whole
 
 Rule = Callable[..., Norm]
 
@@ -53,6 +53,9 @@ def _tensors(o: Operands) -> None:
         if not isinstance(t, Tensor):
             expected = "a Tensor" if name == "x" else "a Tensor or None"
             raise TypeError(f"{name} must be {expected}, got {type(t).__name__}")
+        if t.is_nested or t.layout is not torch.strided or t.is_quantized:
+            kind = "nested" if t.is_nested else "quantized" if t.is_quantized else t.layout
+            raise NotImplementedError(f"{name} must be a dense tensor, in strided memory, got {kind}")
         if t.dtype not in DTYPES:
             raise TypeError(f"{name} must be of dtype float16, bfloat16, float32 or float64, got {t.dtype}")
         if t.device != o.x.device:
@@ -90,7 +93,17 @@ def _channels(name: str, o: Operands, pattern: str) -> Norm:
     return _named(o, pattern, "c", name + ": input must have at least 2 axes (N, C, *), got shape {shape}")
 
 
+def sizes(value: Any, name: str) -> Any:
+    """An int or a tuple of them, before it is looked up: 2.0 would be found where 2 came before."""
+    if value.__class__ is int:
+        return value
+    if isinstance(value, Iterable):
+        return tuple([n if n.__class__ is int else whole(n, name) for n in value])
+    return whole(value, name)
+
+
 def batch_norm(o: Operands, training: bool) -> Norm:
+    training = flag(training, "training")
     if o.x.shape == (0,) and o.weight is None and o.bias is None:
         return _NOTHING  # of no channels, as PyTorch takes it
     norm = _channels("batch_norm", o, "n c ... -> c")
@@ -110,7 +123,7 @@ def batch_norm(o: Operands, training: bool) -> Norm:
 
 
 def instance_norm(o: Operands, use_input_stats: bool) -> Norm:
-    if not use_input_stats:
+    if not flag(use_input_stats, "use_input_stats"):
         if o.running_mean is None:
             raise ValueError("instance_norm: expected running_mean and running_var when use_input_stats=False")
         return batch_norm(o, False)
@@ -132,11 +145,10 @@ def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
 
 
 def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...], round_first: bool = False) -> Norm:
-    return layer_norm(o, normalized_shape)._replace(center=False, round_first=round_first)
+    return layer_norm(o, normalized_shape)._replace(center=False, round_first=flag(round_first, "round_first"))
 
 
 def group_norm(o: Operands, num_groups: int) -> Norm:
-    num_groups = whole(num_groups, "num_groups")
     if num_groups <= 0:
         raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
     refusal = "Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got "
@@ -153,6 +165,7 @@ def group_norm(o: Operands, num_groups: int) -> Norm:
 def normalize(
     o: Operands, axes: int | Sequence[int] | str, affine: str | None, center: bool, lengths: tuple[tuple[str, int], ...]
 ) -> Norm:
+    center = flag(center, "center")
     if isinstance(axes, str):
         norm = parse(axes, o.x.shape, affine, dict(lengths))._replace(center=center)
         if affine is None and (o.weight is not None or o.bias is not None):
