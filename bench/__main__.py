@@ -184,6 +184,18 @@ def engines(
 
 
 @app.command()
+def numerics(
+    only: Annotated[str | None, typer.Option(help="Calls whose norm, layout or dtype contain this text.")] = None,
+    out: Out = OUT,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Write bench/results and docs/numerics.md too.")] = False,
+) -> None:
+    """Errors of every norm on adversarial data against exact results, beside PyTorch's own."""
+    from .numerics import numerics as numerics_all
+
+    raise typer.Exit(0 if numerics_all(only, out, baseline) else 1)
+
+
+@app.command()
 def calibrate(
     device: Device = "h100",
     write: Annotated[bool, typer.Option("--write", help="Keep the parameters for predictions.")] = False,
