@@ -127,6 +127,8 @@ class Data:
     dtypes: tuple[str, ...] = tuple(DTYPES)
     overflow: tuple[str, ...] = ()
     """Dtypes in whose statistics the squares of these numbers overflow: no bound is asked for."""
+    dy: float = 0.0
+    """The mean of dy."""
     away: float = 0.0
     """Deviations between 0 and the mean: a mean is rounded to the statistics' dtype, in any library."""
 
@@ -178,6 +180,7 @@ DATA = (
     Data("subnormal", lambda z, info: z * (info.tiny / 8), dtypes=("fp16", "fp32", "fp64")),
     Data("squares near overflow", lambda z, info: z * (_root(info) / 128), dtypes=NO_FP16),
     Data("numbers near overflow", lambda z, info: z.clamp(-4, 4) * (info.max / 8), overflow=NO_FP16),
+    Data("dy of mean 1e+02", lambda z, _: z, dy=1e2),
 )
 LONG_DATA = {
     LONG[0].name: [one for one in DATA if one.name in ("normal", "mean 1e+04", "first by 1e+06", "constant 100.1")],
