@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
-from normops.kernels.norm import first_elements
+from normops.kernels.norm import elements
 from normops.plan import Launch
 from normops.testing import Demand, Hardware, Time, VirtualLaunch, cost
 from normops.testing.explain import direction, phase_of
@@ -41,7 +41,7 @@ def narrowest(launch: VirtualLaunch, pointers: Iterable[str]) -> int | None:
     The first elements of groups, which are read one by one beside the tiles, are left out.
     """
     try:
-        found = [bits for pointer in pointers for _, bits in launch.accesses(pointer, first_elements)]
+        found = [bits for pointer in pointers for _, bits in launch.accesses(pointer, elements)]
     except NotImplementedError:  # no way to tell on this device
         return None
     return min(found, default=None)

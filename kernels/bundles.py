@@ -25,7 +25,7 @@ class Operands(NamedTuple):
     running_mean: Any = None
     running_var: Any = None
     part_mean: Any = None
-    """Of each chunk of a group: its mean, less the group's first element."""
+    """Of each chunk of a group: its mean, less median_elements() of the group."""
     part_m2: Any = None
     """Of each chunk of a group: the sum of squares about its mean."""
     dy: Any = None

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .memory import load_at, load_shared, store
-from .norm import first_elements, keep_moments
+from .norm import keep_moments, median_elements
 from .sums import sums_along, total
 from .tile import extent, group_block, group_number, group_size, kept_blocks, number_of_groups, offset, offsets, zeros
 
@@ -32,10 +32,10 @@ def chunk_size(p, chunks_s, steps, n0, F: tl.constexpr):
 
 
 @triton.jit
-def partial_mean(o, i, first, m, c, mask, n0, F: tl.constexpr):
-    """Of the i-th partial result of a group its mean, less the group's `first` element.
+def partial_mean(o, i, median, m, c, mask, n0, F: tl.constexpr):
+    """Of the i-th partial result of a group its mean, less the group's `median`.
 
-    Where columns are kept apart it was stored less the first element of its column.
+    Where columns are kept apart it was stored less that of its column.
     """
     at = group_number(m, c, n0, F)
     d = load_shared(o.part_mean, partial_at(i, at, number_of_groups(n0, F), F), mask)
@@ -44,7 +44,7 @@ def partial_mean(o, i, first, m, c, mask, n0, F: tl.constexpr):
             m = m + i % F.APART
         else:
             c = c + i % F.APART
-        d += first_elements(o, m, c, mask, F) - first
+        d += median_elements(o, m, c, mask, n0, F) - median
     return d
 
 
@@ -52,8 +52,8 @@ def partial_mean(o, i, first, m, c, mask, n0, F: tl.constexpr):
 def merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F: tl.constexpr):
     """part_mean, part_m2 of (m, c) -> mean, m2 of its n elements.
 
-    Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  Means are less the group's
-    first element, so that nothing is lost where they are far from 0.
+    Chan's merge in two passes: the mean first, then m2 + n[chunk] · (mean[chunk] - mean)².  Means are less the
+    group's median_elements(), so that nothing is lost where they are far from 0.
     """
     GROUPS: tl.constexpr = F.FOLD[2]
     number = chunks * F.APART
@@ -65,12 +65,12 @@ def merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F: tl.constexpr):
     m2 = load_shared(o.part_m2, partial_at(p, at, width, F), mask)
     mean = 0.0
     if F.CENTER:
-        first = first_elements(o, m, c, mk, F) if F.APART > 1 else 0.0
-        d = partial_mean(o, p, first, m, c, mask, n0, F)
+        median = median_elements(o, m, c, mk, n0, F) if F.APART > 1 else 0.0
+        d = partial_mean(o, p, median, m, c, mask, n0, F)
         size = chunk_size(p // F.APART, chunks_s, steps, n0, F)
         s1 = d * size
         for i in range(F.BLOCK_P, number, F.BLOCK_P):
-            e = partial_mean(o, i + p, first, m, c, mk & (i + p < number), n0, F)
+            e = partial_mean(o, i + p, median, m, c, mk & (i + p < number), n0, F)
             s1 += e * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
         mean = total(s1, GROUPS) / n
         d = tl.where(mask, d - mean, 0.0)
@@ -79,7 +79,7 @@ def merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F: tl.constexpr):
         mask = mk & (i + p < number)
         m2 += load_shared(o.part_m2, partial_at(i + p, at, width, F), mask)
         if F.CENTER:
-            d = tl.where(mask, partial_mean(o, i + p, first, m, c, mask, n0, F) - mean, 0.0)
+            d = tl.where(mask, partial_mean(o, i + p, median, m, c, mask, n0, F) - mean, 0.0)
             m2 += d * d * chunk_size((i + p) // F.APART, chunks_s, steps, n0, F)
     return mean, total(m2, GROUPS)
 
@@ -89,9 +89,9 @@ def finish_groups(o, block, chunks, chunks_s, steps, n0, eps, momentum, F: tl.co
     """mean, rstd and the running statistics of a block of groups from all their chunks."""
     m, c, mk = group_block(block, n0, F)
     n = group_size(n0, F)
-    first = first_elements(o, m, c, mk, F) if F.CENTER else 0.0
+    median = median_elements(o, m, c, mk, n0, F) if F.CENTER else 0.0
     mean, m2 = merge_moments(o, m, c, mk, chunks, n, chunks_s, steps, n0, F)
-    mean += first
+    mean += median
     keep_moments(o, mean, m2 / n, m, c, mk, n0, eps, momentum, F)
 
 

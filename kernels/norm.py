@@ -56,14 +56,26 @@ def load_pieces(
 
 
 @triton.jit
-def first_elements(o, m, c, mk, F: tl.constexpr):
-    """The first element of each column: sums about that of its group's first one cancel in no constant group."""
+def elements(o, at, mk, F: tl.constexpr):
+    """An element of each column: sums about that of its group's first one cancel in no constant group."""
     PRE: tl.constexpr = F.PRE
     X: tl.constexpr = F.X
-    v = load_at(o.x, (m, c, 0, 0), X, mk, F)
+    v = load_at(o.x, at, X, mk, F)
     if o.pre is not None:
-        v = rounded(v + load_at(o.pre, (m, c, 0, 0), PRE, mk, F), o.sum.dtype.element_ty).to(F.ACC)
+        v = rounded(v + load_at(o.pre, at, PRE, mk, F), o.sum.dtype.element_ty).to(F.ACC)
     return v
+
+
+@triton.jit
+def median_elements(o, m, c, mk, n0, F: tl.constexpr):
+    """The median of three elements of each column, one a third: a single element far from all others is not what means
+    are kept less of, or these would be as coarse as its distance."""
+    third_a = extent(2, n0, F) // 3
+    third_s = extent(3, n0, F) // 3
+    v0 = elements(o, (m, c, 0, 0), mk, F)
+    v1 = elements(o, (m, c, third_a, third_s), mk, F)
+    v2 = elements(o, (m, c, 2 * third_a, 2 * third_s), mk, F)
+    return tl.maximum(tl.minimum(v0, v1), tl.minimum(tl.maximum(v0, v1), v2))
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from .bundles import APPLY, STATISTICS
 from .elements import least
 from .memory import load_at, store
 from .norm import (
-    first_elements,
+    elements,
     given_sums,
     gradient,
     group_sums,
@@ -38,7 +38,7 @@ def normalize(o, n0, eps: "fp64", momentum: "fp64", F: tl.constexpr):
     n = group_size(n0, F)
     m = t.at[0]
     c = t.at[1]
-    first = first_elements(o, m, c, t.mk, F) if F.CENTER and F.BLOCK_K == 1 else 0.0
+    first = elements(o, (m, c, 0, 0), t.mk, F) if F.CENTER and F.BLOCK_K == 1 else 0.0
     near, mean, m2 = moments(v, t, n, first, F)
     mean = near + mean
     rstd = keep_moments(o, mean, m2 / n, m, c, first_columns(t, F), n0, eps, momentum, F)

@@ -16,8 +16,8 @@ from .norm import (
     add_moments,
     any_of,
     cancels,
-    first_elements,
     load_pieces,
+    median_elements,
     moments,
     read_input,
     reciprocal_root,
@@ -89,7 +89,7 @@ def paired(o, n0, lead, eps, momentum, F: tl.constexpr):
 
 @triton.jit
 def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
-    """Mean, less the group's first element, and sum of squares of one chunk, whose first tile is v."""
+    """Mean, less median_elements() of the group, and sum of squares of one chunk, whose first tile is v."""
     GROUPS: tl.constexpr = F.FOLD[2]
     chunk = block_a * tl.cdiv(extent(3, n0, F), F.WIDTH_S * steps) + chunk_s
     at = chunk * number_of_groups(n0, F) + group_number(t.at[0], t.at[1], n0, F)
@@ -99,7 +99,7 @@ def store_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
         else:
             n = chunk_size(chunk, tl.cdiv(extent(3, n0, F), F.WIDTH_S), 1, n0, F)
             near, mean, m2 = moments(v, t, n, 0.0, F)
-            mean = (near - first_elements(o, t.at[0], t.at[1], t.mk, F)) + mean
+            mean = (near - median_elements(o, t.at[0], t.at[1], t.mk, n0, F)) + mean
         tl.store(o.part_mean + at, mean, mask=t.mk)
     else:
         _, d2 = add_moments(None, None, v, t, 0.0, F)
@@ -117,15 +117,15 @@ def next_tile(t, block_a, tile_s, n0, F: tl.constexpr):
 
 @triton.jit
 def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
-    """mean - first and m2 of a chunk, in one pass about the group's first element, or where tiles hold many groups, of
+    """mean - median and m2 of a chunk, in one pass about median_elements() of the group, or where tiles hold many groups, of
     which one is likely to begin far from its mean, about the mean of its first tile; again where squares about that
     cancel."""
     GROUPS: tl.constexpr = F.FOLD[2]
     n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F)
     n_s = extent(3, n0, F) - chunk_s * steps * F.WIDTH_S
     n = n_a * count(tl.minimum(n_s, steps * F.WIDTH_S), F)
-    first = first_elements(o, t.at[0], t.at[1], t.mk, F)
-    shift = first
+    median = median_elements(o, t.at[0], t.at[1], t.mk, n0, F)
+    shift = median
     if GROUPS >= 16:
         d1, _ = add_moments(None, None, v, t, 0.0, F)
         shift = tile_total(d1, F) / (n_a * count(tl.minimum(n_s, F.WIDTH_S), F))
@@ -139,7 +139,7 @@ def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
         # Of those groups alone: a row's bits do not depend on its neighbours.
         m2 = tl.where(again, tl.maximum(s2 - s1 * (s1 / n), 0.0), m2)
         mean = tl.where(again, (near - shift) + s1 / n, mean)
-    return (shift - first) + mean, m2
+    return (shift - median) + mean, m2
 
 
 @triton.jit

@@ -182,17 +182,13 @@ def exact(data: Tensor) -> tuple[Tensor, Tensor]:
     return mean, var
 
 
-def excess(found: Found, data: Tensor, whole: bool) -> dict[str, Tensor]:
-    """By how much each group exceeds the limit of its mean, rstd and variance: 1 is at the limit.
-
-    `whole`: whether a group was one program's; else the mean is as coarse as its distance from the first element.
-    """
+def excess(found: Found, data: Tensor) -> dict[str, Tensor]:
+    """By how much each group exceeds the limit of its mean, rstd and variance: 1 is at the limit."""
     mean, var = exact(data)
     mine, rstd = found.mean.double(), found.rstd.double()
     ulp = torch.finfo(torch.float32).eps * mean.abs()
-    near = var.sqrt() if whole else var.sqrt().maximum((data[:, 0].double() - mean).abs())
     return {
-        "mean": (mine - mean).abs() / (ulp + 2e-7 * near),
+        "mean": (mine - mean).abs() / (ulp + 2e-7 * var.sqrt()),
         "rstd": (rstd * (var + EPS).sqrt() - 1).abs() / 1e-6,
         "variance": (rstd**-2 - EPS - var).abs() / (1e-6 * var).clamp_min(1e-300),
     }
@@ -216,7 +212,7 @@ def test_statistics_are_those_of_float64(way: str, norm: str, layout: str) -> No
             columns = norm in COLUMNS[layout]  # which no launch of tickets takes
             assert planned[0].plan.engine == ("split" if way == "ticketed" and columns else way)
             assert way == "resident" or planned[0].plan.launches[0].grid > 1
-        wrong = excess(found, data, way in ("plain", "resident"))
+        wrong = excess(found, data)
         for i, name in enumerate(names):
             for what, values in wrong.items():
                 limit = 2 if what == "variance" and name in HALFWAY else 1

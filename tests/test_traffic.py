@@ -52,40 +52,44 @@ def rms_norm(x: Tensor, w: Tensor | None, b: Tensor | None, **kw: Any) -> Any:
     return F.rms_norm(x, SHAPE[-1:], w, **kw)
 
 
-FIRST: dict[Norm, Callable[[Tensor], Tensor]] = {
-    batch_norm: lambda x: x[:1, :, :1, :1], instance_norm: lambda x: x[:, :, :1, :1],
-    group_norm: lambda x: x[:, :: x.shape[1] // 2, :1, :1], layer_norm: lambda x: x[..., :1],
-    rms_norm: lambda x: x[..., :0],
+GROUPS: dict[Norm, Callable[[Tensor], Tensor]] = {
+    batch_norm: lambda x: x.transpose(0, 1).flatten(2), instance_norm: lambda x: x.flatten(2).unsqueeze(2),
+    group_norm: lambda x: x.unflatten(1, (2, -1)).flatten(3), layer_norm: lambda x: x.unsqueeze(-2),
+    rms_norm: lambda x: x[:0].unsqueeze(-2),
 }  # fmt: skip
-"""The first element of each group, about which sums are taken: it is read beside its tile, by each of its programs."""
+"""x as [groups, rows, columns].  Three elements of each group, whose median means are less of, are read beside its tiles,
+by each of its programs."""
 
 
 def check_reads(t: Traffic, name: str, x: Tensor, norm: Norm, times: int, planned: Planned) -> None:
-    """Each element was read so many times, but for the first ones of groups, which were read more often; of columns
-    those of a block that overlaps another, and the first of each column, by walks and by the finish."""
+    """Each element was read so many times, but for three of each group, which were read more often; of columns those of a
+    block that overlaps another, and three of each column, by walks and by the finish."""
     statistics, _, _ = planned.plan.launches
     layout = planned.plan.streamed
     if not layout.runs[-1].reduced:
         blocks = -(-layout.runs[-1].size // statistics.form.BLOCK_K)
         overlap = (blocks * statistics.form.BLOCK_K - layout.runs[-1].size) * layout.numel // layout.runs[-1].size
         beside = statistics.grid * statistics.form.BLOCK_K + dict(planned.plan.scratch)["part_m2"] + 2 * layout.groups
-        again = (times * overlap + beside) * x.element_size()
+        again = (times * overlap + 3 * beside) * x.element_size()
         assert times * x.nbytes < t.loads[name] <= times * x.nbytes + again
         return
-    firsts = FIRST[norm](x)
-    begins = [firsts[i].data_ptr() for i in product(*map(range, firsts.shape))]
+    groups = GROUPS[norm](x)
+    a, s = (prod(sizes) or groups.shape[-2] for sizes in statistics.form.SPACE[2:])
+    columns = groups.shape[-1]
+    places = [divmod(i * (a // 3) * s + i * (s // 3), columns) for i in range(3)]
+    begins = {groups[(*i, *at)].data_ptr() for at in places for i in product(*map(range, groups.shape[:-2]))}
     read = [t.bytes_in(begin, begin + x.element_size())[0] for begin in begins]
-    assert t.loads[name] - sum(read) == times * (x.nbytes - firsts.nbytes)
+    assert t.loads[name] - sum(read) == times * (x.nbytes - len(begins) * x.element_size())
     assert all(n > times * x.element_size() for n in read)
 
 
 def check_ticketed_reads(t: Traffic, name: str, x: Tensor, planned: Planned) -> None:
-    """Twice, but for the first elements of groups, read once more for each tile, and for tiles at the ends of the
+    """Twice, but for three elements of each group, read once more for each tile, and for tiles at the ends of the
     launch: where there is one to begin or one to apply, the other is read for nothing."""
     launch = planned.plan.launches[0]
     tile = prod(launch.tile)
     nothing = 2 * launch.given["number"] * tile
-    again = 2 * launch.grid * launch.form.BLOCK_K
+    again = 6 * launch.grid * launch.form.BLOCK_K
     assert 2 * x.nbytes <= t.loads[name] <= 2 * x.nbytes + (nothing + again) * x.element_size()
 
 

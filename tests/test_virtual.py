@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.runtime import driver
 
 from normops import calls, functional, gpus
-from normops.kernels.norm import first_elements
+from normops.kernels.norm import elements
 from normops.testing import HARDWARE, VirtualLaunch, virtual_device
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -169,7 +169,7 @@ def compile_all() -> dict[str, Any]:
             found["mi300x"] = [figures(launched) for launched in other.launches]
         held[(1,)](f[0], f[1], BLOCK=4096)
         functional.layer_norm(torch.empty(64, 4096, dtype=torch.bfloat16), (4096,))
-        found["tile"] = [*gpu.launches[-1].accesses("x", first_elements)]
+        found["tile"] = [*gpu.launches[-1].accesses("x", elements)]
         found["after"] = [launched.name for launched in gpu.launches[before:]]
         found["normops"] = figures(gpu.launches[-1])
     found["errors"]["closed"] = error(lambda: single.run(

@@ -72,7 +72,7 @@ class Counted:
         self.again: dict[str, int] = {}
         """Of the lanes loaded, those that this launch has loaded or stored before."""
         self.aside: dict[str, int] = {}
-        """Of the lanes loaded, those whose lines of memory are read anyway: the first elements of groups, and what
+        """Of the lanes loaded, those whose lines of memory are read anyway: elements that means are less of, and what
         programs read for nothing."""
         self.between: dict[str, int] = {}
         """Lanes of streams that the launch touches before it comes back to the first of them."""
@@ -161,9 +161,13 @@ def _read_input(call: Counted, tiles: _Tiles) -> None:
         call.store("sum", tiles.lanes())
 
 
-def _first_elements(call: Counted, lanes: int) -> None:
+def _elements(call: Counted, lanes: int) -> None:
     if call["CENTER"]:
         call.load_aside("x pre", lanes)
+
+
+def _medians(call: Counted, lanes: int) -> None:
+    _elements(call, 3 * lanes)
 
 
 def _write_output(call: Counted, tiles: _Tiles) -> None:
@@ -200,7 +204,7 @@ def _normalize(call: Counted) -> None:
     tiles = call.tiles()
     _read_input(call, tiles)
     if call["BLOCK_K"] == 1:
-        _first_elements(call, tiles.lanes("k"))
+        _elements(call, tiles.lanes("k"))
     _keep_moments(call, tiles.lanes("k") if call["CLAMP_K"] else call.groups)
     _write_output(call, tiles)
 
@@ -216,7 +220,7 @@ def _chunks(call: Counted) -> int:
 def _statistics(call: Counted) -> None:
     tiles = call.tiles(_chunks(call))
     _read_input(call, tiles.looped(call.n_s))
-    _first_elements(call, tiles.lanes("k"))
+    _medians(call, tiles.lanes("k"))
     call.store("part_mean part_m2", tiles.lanes("k") // call.per)
 
 
@@ -279,12 +283,12 @@ def _merge_moments(call: Counted, chunks: int, again: bool = False) -> None:
         call.load("part_mean", partials + further, again)
     call.load("part_m2", partials, again)
     if call["APART"] > 1:  # those of groups, and of columns
-        _first_elements(call, call.groups + partials + further)
+        _medians(call, call.groups + partials + further)
 
 
 def _finish(call: Counted) -> None:
     _merge_moments(call, cdiv(call.n_s, call["WIDTH_S"] * call["steps"]) * cdiv(call.n_a, call["WIDTH_A"]))
-    _first_elements(call, call.groups)
+    _medians(call, call.groups)
     _keep_moments(call, call.groups)
 
 
@@ -338,7 +342,7 @@ def _paired(call: Counted) -> None:
     call.load_aside("pre", last.lanes())
     _words(call, units * chunks, units)
     _read_input(call, tiles)
-    _first_elements(call, tiles.lanes("k") + call.groups)
+    _medians(call, tiles.lanes("k") + call.groups)
     call.store("part_mean part_m2", call.groups * chunks)
     _merge_moments(call, chunks, again=True)
     _keep_moments(call, call.groups)

@@ -39,16 +39,15 @@ class _Accesses:
 
     def apart(self, start: int, end: int) -> int:
         """Most bytes from start to before end that are met for the first time from one access of an element on, up to
-        a later one of the same element."""
-        met = np.full(end - start, -1, dtype=np.int64)  # how many bytes had been met when this one was
+        the next one of the same element."""
+        met = np.full(end - start, -1, dtype=np.int64)  # how many bytes had been met when this one was accessed last
         seen = most = 0
         for addresses, size in self._records:
             here = np.unique(addresses[(addresses >= start) & (addresses < end)]) - start
             before = met[here]
             most = max(most, int((seen - before[before >= 0]).max(initial=0)))
-            new = here[before < 0]
-            met[new] = seen
-            seen += size * new.size
+            met[here] = seen
+            seen += size * int((before < 0).sum())
         return most
 
 
@@ -96,8 +95,8 @@ class Traffic:
         return self.bytes_in(*_extent(t))
 
     def reuse_distance(self, t: Tensor) -> int:
-        """The most bytes of a tensor's storage that a kernel reads for the first time between two reads of an element,
-        the element's own among them: what a cache must hold for the second read to be found there.  0: nothing is read
+        """The most bytes of a tensor's storage that a kernel reads for the first time from one read of an element to the
+        next, the element's own among them: what a cache must hold for the second read to be found there.  0: nothing is read
         twice.  Programs run one after the other here; on a GPU, many at once."""
         return self._loads.apart(*_extent(t))
 
