@@ -5,6 +5,7 @@
 # make lint      ruff and mypy
 # make versions  compilation and the fast tests with several versions of Triton and PyTorch (VERSIONS="3.6 2.9": with these)
 # make spills    compile 200 random calls for three devices that are not there: which of their kernels spill registers
+# make mutants   one operator changed at a time, in a copy: which changes no test notices
 # make clean     remove the virtual environments and everything built
 # Needs Python >= 3.10 with venv, git and make; the rest is installed into .venv.
 
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: test check networks bench lint versions spills clean
+.PHONY: test check networks bench lint versions spills mutants clean
 
 # by file: what a module prepares for its tests, one process prepares; in order, so that the long files do not come last
 test: .venv/.stamp
@@ -42,6 +43,9 @@ versions:
 
 spills: .venv/.stamp
 	$(BIN)/python -m tests.spills
+
+mutants: .venv/.stamp
+	$(BIN)/python -m tests.mutants
 
 # torch first and at exactly the tested version, so that nothing later chooses another one
 .venv/.stamp: pyproject.toml constraints.txt
