@@ -5,6 +5,9 @@ from __future__ import annotations
 ONE = "a sum of one term is that term"
 
 EQUIVALENT = {
+    "layout": {
+        "return all(s >= 0 for s in seen) and all(a >= b for a, b in pairwise(seen))": "`seen` has no 0",
+    },
     "sums": {
         "if F.LANE >= 1:": "the same sums, with a change of layout, or through shared memory",
         "if S >= 4:": ONE,

@@ -41,6 +41,14 @@ def table(layout: Layout, operand: tuple[Axes, ...]) -> list[list[int]]:
     ]
 
 
+def offsets(layout: Layout, steps: tuple[Axes, ...], point: Axes) -> int:
+    """The twin of ``offsets`` in kernels/tile.py."""
+    m, c, a, s = point
+    if len(steps) == 5:
+        m, c = m // steps[4][0], c // steps[4][1]
+    return sum(offset(i, layout.space[d], steps[d]) for d, i in enumerate((m, c, a, s)))
+
+
 def subsets(n: int) -> Iterator[Axes]:
     for size in range(1, n + 1):
         yield from combinations(range(n), size)
@@ -100,7 +108,30 @@ def check(shape: Axes, order: Axes, x: Axes, reduced: Axes, affine: Axes) -> Lay
     assert sorted(first, key=first.__getitem__) == list(range(layout.groups))
     furthest = max(sum((n - 1) * t for n, t in zip(shape, strides, strict=True)) for strides in (order, x, w))
     assert layout.reach() == furthest
+    assert layout.kept == (layout.groups > 1)
+    planes, folded = layout.of_planes(), layout.folded([0, 1], 2 if affine else None)
+    assert (planes is not None) == (layout.letters in ("scs", "sms"))
+    statistic = {index: group for group, members in groups.items() for index in members}
+    for other in filter(None, (planes, folded)):
+        check_same_elements(layout, other, [order, x, w], at, statistic)
     return layout
+
+
+def check_same_elements(
+    layout: Layout, other: Layout, strides: list[Axes], at: dict[int, Axes], statistic: dict[Axes, int]
+) -> None:
+    """Another way to walk a layout: each element once, beside its own statistics and parameters."""
+    assert (other.group, other.groups, other.numel) == (layout.group, layout.groups, layout.numel)
+    assert other.of_planes() is None and other.folded([0, 1], None) is None
+    w = (*layout.operand(2), other.divisors) if other.shared else other.operand(2)
+    visited = set()
+    for point in product(*(range(other.extent(letter)) for letter in "mcas")):
+        index = at[offsets(other, other.operand(0), point)]
+        visited.add(index)
+        exact = [sum(i * t for i, t in zip(index, stride, strict=True)) for stride in strides]
+        assert [offsets(other, steps, point) for steps in (other.operand(0), other.operand(1), w)] == exact
+        assert offsets(other, other.statistics(), point) == statistic[index]
+    assert len(visited) == layout.numel
 
 
 SHAPES: list[Axes] = [
@@ -229,6 +260,41 @@ def test_patterns_of_the_named_norms(
     assert pattern_of(factors, reduced, affine, fmt or torch.contiguous_format) == (pattern, statistics)
 
 
+HW = H * W
+FOLDED = [
+    ("BatchNorm", NCHW, (0, 2, 3), (1,), None, HW),
+    ("BatchNorm plain", NCHW, (0, 2, 3), (), None, HW),
+    ("BatchNorm channels_last", NCHW, (0, 2, 3), (1,), CL, 0),
+    ("GroupNorm channels_last", GROUPED, (2, 3, 4), (1, 2), CL, C // G),
+    ("GroupNorm channels_last plain", GROUPED, (2, 3, 4), (), CL, 0),  # the groups are no run of their own
+    ("GroupNorm", GROUPED, (2, 3, 4), (1, 2), None, 0),
+    ("InstanceNorm", NCHW, (2, 3), (1,), None, 0),  # nothing else is averaged over
+    ("LayerNorm2d", NCHW, (1,), (1,), None, 0),
+    ("parameters outside", ((N,), (C,), (W,)), (0, 2), (0,), None, 0),
+    ("parameters inside", ((N,), (C,), (W,)), (2,), (1, 2), None, 0),
+    ("two kept runs", ((N,), (C,), (H,), (G,), (W,)), (2, 4), (1, 3, 4), None, 0),
+    ("of the batch", ((H,), (N,), (W,)), (1, 2), (0,), None, 0),
+]
+
+
+@pytest.mark.parametrize(
+    ("factors", "reduced", "affine", "fmt", "fold"), [c[1:] for c in FOLDED], ids=[c[0] for c in FOLDED]
+)
+def test_short_pieces_of_groups_are_folded(
+    factors: Sequence[Axes], reduced: Axes, affine: Axes, fmt: torch.memory_format | None, fold: int
+) -> None:
+    x = torch.empty([prod(f) for f in factors]).contiguous(memory_format=fmt or torch.contiguous_format)
+    shape, strides = tuple(n for f in factors for n in f), split(x.stride(), factors)
+    params = weight_strides(shape, affine)
+    layout = coalesce(shape, (strides, strides, params), reduced, affine)
+    found = layout.folded([0, 1], 2)
+    assert (found.fold if found else 0) == fold
+    # Not where the columns of an operand of x's size are no single run.
+    kept, inner = layout.runs[-2:]
+    apart = Layout((*layout.runs[:-2], kept._replace(strides=(kept.strides[0], kept.strides[1] + 1, 0)), inner))
+    assert apart.folded([0, 1], 2) is None
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_dense_strides(shape: Axes) -> None:
     assert dense_strides(shape) == torch.empty(shape).stride()
@@ -254,6 +320,7 @@ def test_follows() -> None:
     cl = x.contiguous(memory_format=CL)
     assert follows(x[:, :, 1:, ::2].stride(), x.stride(), shape)
     assert not follows(cl.stride(), x.stride(), shape)
+    assert follows((1, 1), (2, 1), (2, 2))  # elements may overlap
     # Broadcast axes follow every order, and so do axes of size 1.
     assert follows(torch.empty(1, 3, 1, 1).expand(shape).stride(), cl.stride(), shape)
     assert follows(torch.empty(()).expand(shape).stride(), x.stride(), shape)

@@ -12,7 +12,7 @@ from normops import schedule, ticketing, walks
 from normops.gpus import A100, B200, H200, KNOWN, Device
 from normops.kernels import tickets
 from normops.layout import Layout, coalesce, dense_strides, split
-from normops.tile import Tile, along_m, next_power_of_2, vector
+from normops.tile import Tile, along_m, line_groups, next_power_of_2, vector
 
 DEVICES = (A100, H200, B200)
 SIZES = [(2, 4), (4, 4), (8, 8)]  # bytes of an element, of an accumulator
@@ -244,6 +244,58 @@ def test_unknown_engines_are_refused_by_name() -> None:
 
 def test_states_of_units_begin_where_kernels_look_for_them() -> None:
     assert tickets.FIRST_STATE.value == ticketing.FIRST_STATE
+
+
+def up(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def unit_bytes(found: Layout, tile: Tile, itemsize: int, streams: int) -> int:
+    """Of all groups that a tile takes part in; a batch counts as if it filled the tile."""
+    groups = tile.columns if tile.along_m else min(tile.columns, found.extent("c"))
+    return groups * found.group * itemsize * streams
+
+
+@pytest.mark.parametrize("found", LAYOUTS)
+def test_ticketed_launches_visit_every_tile_within_the_window(found: Layout) -> None:
+    """Units of whole groups, statistics as far ahead as the device holds programs and the window memory, not further;
+    where no unit fits, not even one of half as many groups side by side would."""
+    limits, ticket_tile, per_warp = schedule.limits(), 8192, 2048
+    for (itemsize, acc), streams, device, window in product(SIZES, (1, 2), (A100, B200), (0, 1 << 14, 1 << 20)):
+        halved = 2 if itemsize >= 4 or vector(found, itemsize) == 1 else 1  # registers of values, or of addresses
+        with schedule.forced(window=window):
+            t = ticketing.ticketed(
+                found, itemsize, acc, streams, ticket_tile, per_warp, schedule.limits(), device, None
+            )  # fmt: skip
+        window = window or device.window
+        first = schedule.stream(found, itemsize, acc, ticket_tile // halved, per_warp // halved)
+        side_by_side = first.k > 1 and line_groups(found, itemsize, limits.line_bytes) > 1
+        other = replace(first, k=first.k // 2, s=min(next_power_of_2(found.extent("s")), 2 * first.s))
+        fit = [4 * unit_bytes(found, tile, itemsize, streams) <= 3 * window for tile in (first, other)]
+        if t is None:
+            assert not fit[0] and not (side_by_side and fit[1])
+            continue
+        assert t.tile == (first if fit[0] else other) and (fit[0] or (side_by_side and fit[1]))
+        inside, outside = ("m", "c") if t.tile.along_m else ("c", "m")
+        assert t.chunks_s == up(found.extent("s"), t.tile.length)
+        assert t.tiles == t.chunks_s * up(found.extent("a"), t.tile.width)
+        assert t.units == up(found.extent(inside), t.tile.columns) * found.extent(outside)
+        every, unit = t.units * t.tiles, unit_bytes(found, t.tile, itemsize, streams)
+        assert (t.programs, t.words) == (every + t.lead, tickets.FIRST_STATE.value + t.units)
+        assert t.tiles <= t.lead <= every
+        ahead = t.tiles + limits.ahead * device.num_sms
+        if t.lead > t.tiles:
+            assert t.lead <= ahead and (t.lead + 1) * unit <= window * t.tiles
+        assert t.lead in (ahead, every) or (t.lead + 2) * unit > window * t.tiles
+        assert 8 <= t.merge_p <= 512 and (t.tile.k * t.merge_p == 1024 or t.merge_p == (512 if t.tile.k < 2 else 8))
+
+
+def test_a_window_is_left_to_calls_that_are_not_told_to_take_tickets() -> None:
+    found = named(7, 1000, 3)["LayerNorm"]
+    for engine, taken in (("", False), ("split", False), ("ticketed", True)):
+        with schedule.forced(engine=engine, window=64):
+            t = ticketing.ticketed(found, 2, 4, 1, 8192, 2048, schedule.limits(), H200, None)
+        assert (t is not None) == taken, engine
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3])

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from normops.compiled import INTERPRETED
 from normops.kernels.bundles import ABSENT, Operands
 from normops.kernels.grad_stream import grad_stream
 from normops.kernels.stream import stream
-from normops.kernels.tickets import pair
+from normops.kernels.tickets import leave, pair
 from normops.launch import Step
 from normops.plan import Launch, Plan
 from normops.testing import Planned, plans, race
@@ -263,3 +264,28 @@ def test_barriers_stand_where_a_single_thread_speaks_for_all() -> None:
             assert text.count(told) == len(after_all) == 1, (name, text)
         assert text.count("arrive barrier") == 1, (name, text)
         assert re.search(r"wait( loaded)+( stored)+ barrier leave$", text), (name, text)
+
+
+@triton.jit
+def left(word_ptr, TILES: tl.constexpr, F: tl.constexpr):
+    leave(word_ptr, TILES, F)
+
+
+LEFT = """
+import torch
+import triton.language as tl
+from normops.kernels.bundles import Form
+from normops.testing import virtual_device
+from tests.test_ticketed import left
+
+with virtual_device("h200") as gpu:
+    left[(1,)](torch.zeros(1, dtype=torch.int32), 21, Form(SPACE=((1,),) * 4, ACC=tl.float32, PTX=True))
+print(gpu.launches[0].asm["ptx"])
+"""
+
+
+def test_in_ptx_the_last_apply_of_a_unit_resets_its_state(plain: Callable[[str], str]) -> None:
+    """``inc`` counts to its bound and then from 0: tiles + 1 when published, 2 tiles when the last of them leaves."""
+    ptx = plain(LEFT)
+    (bound,) = re.findall(r"red\.relaxed\.gpu\.global\.inc\.u32 \[\S+\], (%r\d+);", ptx)
+    assert re.findall(rf"mov\.[bsu]32\s+{bound}, (\d+);", ptx) == ["42"], ptx
