@@ -24,7 +24,8 @@ class Variant(NamedTuple):
 def variants(compile: bool = True) -> Iterator[list[Variant]]:
     """Yields a list that takes up what Triton has to compile inside the block, in order.
 
-    `compile=False`: nothing is compiled or launched, so every launch is one that has to be compiled.
+    `compile=False`: nothing is compiled or launched, so every request is one that has to be compiled (and a call of
+    normops asks for all of its kernels before it launches them).
     """
     found: list[Variant] = []
     before = knobs.runtime.jit_cache_hook

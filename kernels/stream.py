@@ -117,9 +117,9 @@ def next_tile(t, block_a, tile_s, n0, F: tl.constexpr):
 
 @triton.jit
 def chunk_moments(o, v, t, block_a, chunk_s, steps, n0, F: tl.constexpr):
-    """mean - median and m2 of a chunk, in one pass about median_elements() of the group, or where tiles hold many groups, of
-    which one is likely to begin far from its mean, about the mean of its first tile; again where squares about that
-    cancel."""
+    """mean - median and m2 of a chunk, in one pass about median_elements() of the group, or where tiles hold many
+    groups, of which one is likely to have it far from its mean, about the mean of its first tile; again where squares
+    about that cancel."""
     GROUPS: tl.constexpr = F.FOLD[2]
     n_a = count(tl.minimum(extent(2, n0, F) - block_a * F.WIDTH_A, F.WIDTH_A), F)
     n_s = extent(3, n0, F) - chunk_s * steps * F.WIDTH_S

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 
-from . import traced
+from . import native, traced
 from .calls import Call
 from .faults import KernelError
+from .norm import Norm, Operands
+from .rules import Rule
 
 
 class Normalize(torch.autograd.Function):
@@ -54,8 +56,52 @@ class Normalize(torch.autograd.Function):
         return None, None, None, *found
 
 
+class Native(torch.autograd.Function):
+    """Gives y of ``native.forward`` a history."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, given: native.Given, found: native.Found, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        ctx.given = given
+        ctx.save_for_backward(x, weight, bias, *found[1:])
+        return found.y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        given, (x, weight, bias, mean, rstd) = ctx.given, ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled() or _looked_into(dy):  # the gradient must be differentiable
+            norm = given.norm
+            run = partial(traced.by_operator, (*norm.written, norm.given, given.eps, norm.activation))
+            dx, dw, db, _ = run((x, weight, bias, None, mean, rstd), dy, None, (*needs, False))
+        else:
+            dx, dw, db = native.gradients(given, dy, Operands(x, weight, bias), mean, rstd, needs)
+        return None, None, *(t if needed else None for t, needed in zip((dx, dw, db), needs, strict=True))
+
+
+def by_native(
+    rule: Rule, norm: Norm, operands: Operands, arguments: tuple[Any, ...], eps: float,
+    momentum: float | Tensor | None, needed: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """-> y and x + pre_add, of a call that ``native`` has a function for; None where the formula is better."""
+    x, pre_add = operands.x, operands.pre_add
+    total = x if pre_add is None else x + pre_add
+    if total.stride() != x.stride():
+        return None
+    given = native.Given(rule, norm._replace(activation="identity"), arguments, eps)
+    o = operands._replace(x=total, pre_add=None, post_add=None)
+    with torch.no_grad():
+        found = native.forward(given, o, momentum)
+    if found is None:
+        return None
+    y = native_apply(given, found, *o[:3]) if needed else found.y
+    return native.finished(y, norm, operands), total
+
+
 # Function.apply looks for transforms of torch.func first and costs as much again as what it calls.
 apply: Any = super(torch.autograd.Function, Normalize).apply
+native_apply: Any = super(torch.autograd.Function, Native).apply
 
 
 def _looked_into(*gradients: Tensor | None) -> bool:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
-from . import activations, autograd, calls, native, reference, rules, traced
+from . import activations, autograd, calls, reference, rules, traced
 from .activations import Act
 from .faults import KernelError
 from .norm import Norm, Operands, accumulator, flag, laid_out, real, whole
@@ -76,15 +76,11 @@ def _run(
         if call is None and traced.exporting():
             own = traced.exported(rule, norm, operands, arguments, eps, out_dtype, momentum)
         elif call is not None and call.native:
-            own = native.normalize(rule, norm, operands, arguments, eps, momentum)
+            own = autograd.by_native(rule, norm, operands, arguments, eps, momentum, needed)
         if own is not None:
             return own if operands.pre_add is not None else own[0]
-        if call is None:
-            y, total, mean, rstd = traced.normalize(norm, operands, eps, out_dtype)
-        else:
-            laid = laid_out(norm, operands if norm.given else Operands(*operands[:5]))
-            y, total, mean, rstd = reference.normalize(norm, eps, laid, out_dtype)
-            mean, rstd = mean if mean is None else mean.detach(), rstd.detach()
+        formula = traced.normalize if call is None else _formula
+        y, total, mean, rstd = formula(norm, operands, eps, out_dtype)
         result = y if operands.pre_add is None else (y, total)
     else:
         laid = operands if call.ready else laid_out(norm, operands)
@@ -104,14 +100,24 @@ def _run(
             mean, rstd = call.statistics(saved)
     if moves and operands.x.numel():
         assert mean is not None and rstd is not None and momentum is not None
-        plain = call is not None and not call.kernels
-        # Taken back from rstd in float64, for eps may be large beside it.
-        var = reference.variance(norm, operands) if plain else (rstd.double().pow(-2) - eps).clamp_min(0)
+        # Of a traced call taken back from rstd, in float64, for eps may be large beside it: an eager one reads x again.
+        s = total if operands.pre_add is not None and total is not None else operands.x
+        var = (rstd.double().pow(-2) - eps).clamp_min(0) if call is None else reference.variance(norm, s)
         reference.track(operands, mean, var, momentum)
     if not return_stats:
         return result
     statistics = (None if t is None else _spelled(t, norm) for t in (mean, rstd))
     return (result, *statistics) if operands.pre_add is None else (*result, *statistics)
+
+
+def _formula(
+    norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """-> y, sum, mean and rstd by PyTorch's operations, eagerly."""
+    if torch.is_grad_enabled() and _needed(operands):
+        return traced.recorded(norm, operands, eps, out_dtype)
+    laid = laid_out(norm, operands if norm.given else Operands(*operands[:5]))
+    return reference.normalize(norm, eps, laid, out_dtype)
 
 
 def _needed(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -14,8 +14,7 @@ four TypeError; calls raise what the functions of :mod:`normops.functional` do.
 >>> import torch
 >>> from normops import nn
 >>> norm = nn.RMSNorm(4, activation="silu")
->>> y, hidden = norm(torch.ones(2, 4), pre_add=torch.ones(2, 4))
->>> hidden[0].tolist()
+>>> norm(torch.ones(2, 4), pre_add=torch.ones(2, 4))[1][0].tolist()
 [2.0, 2.0, 2.0, 2.0]
 """
 
@@ -163,14 +162,12 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
             counter.add_(1)  # not of a call that was refused
         return result
 
-
     @property
     def qconfig(self) -> Any:
-        """What PyTorch asks for where it is about to replace a norm, by a SyncBatchNorm or for quantisation.
-        RuntimeError where that would drop an activation without a word."""
+        """Asked for before a SyncBatchNorm or quantisation replaces a norm; RuntimeError if an activation is lost."""
         if self.activation not in (None, "identity"):
-            named = f"a {type(self).__name__} with activation={self.activation!r}"
-            raise RuntimeError(f"{named} is about to be replaced by a module without: build it without before")
+            lost = f"a {type(self).__name__} with activation={self.activation!r}"
+            raise RuntimeError(f"{lost} is about to be replaced by a module without: build it without before")
         if "qconfig" not in self.__dict__:
             raise AttributeError("qconfig")
         return self.__dict__["qconfig"]
@@ -178,6 +175,10 @@ class _BatchNorm(_Fused, batchnorm._BatchNorm):
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
         self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        del self.__dict__["qconfig"]
 
 
 class _InstanceNorm(_Fused, instancenorm._InstanceNorm):

@@ -179,8 +179,8 @@ def _forward(*arguments: Any) -> Four:
 def _backward(*arguments: Any) -> Four:
     a = Backward(*map(_plain, arguments))
     call, operands = _called(a)
-    if not call.kernels:
-        return decomposed_backward(*a)
+    if not call.kernels:  # from x, and not from a mean that was rounded
+        return decomposed_backward(*(a if a.given else a._replace(mean=None, rstd=None)))
     assert a.mean is not None and a.rstd is not None
     apart = _statistic(a.mean, call) if a.center else None, _statistic(a.rstd, call)
     kept = (a.x, operands.weight, operands.bias, a.post_add, None)

@@ -70,11 +70,10 @@ def gradients(
     return ds, _summed(g * xhat, weight, norm), _summed(g, bias, norm), as_like(g, g.dtype, s)
 
 
-def variance(norm: Norm, operands: Operands) -> Tensor:
-    """The biased variance of s, of deviations as :func:`normalize` takes them."""
-    s = operands.x.detach() if operands.pre_add is None else operands.x.detach() + operands.pre_add.detach()
-    _, h = _centred(_split(s, norm, accumulator(s.dtype)), norm.reduced, None)
-    return h.square().mean(norm.reduced, dtype=torch.float64).reshape(norm.kept_shape)
+def variance(norm: Norm, s: Tensor) -> Tensor:
+    """The biased variance of s, of deviations from its mean."""
+    s = _split(s.detach(), norm, accumulator(s.dtype))
+    return torch.var(s, norm.reduced, correction=0).reshape(norm.kept_shape)
 
 
 def track(operands: Operands, mean: Tensor, var: Tensor, momentum: float | Tensor) -> None:

@@ -62,12 +62,12 @@ def _tensors(o: Operands) -> None:
             raise RuntimeError(f"expected {name} on the device of x, {o.x.device}, got {t.device}")
 
 
-def _named(o: Operands, pattern: str, affine: str, refusal: str, **lengths: int) -> Norm:
+def _named(o: Operands, pattern: str, affine: str, refusal: Callable[[], str], **lengths: int) -> Norm:
     """The norm of a pattern.  Where x does not fit it a RuntimeError, as of PyTorch: the refusal, with x's shape."""
     try:
         norm = parse(pattern, o.x.shape, affine, lengths)
     except ValueError:
-        raise RuntimeError(refusal.format(shape=tuple(o.x.shape), size=list(o.x.shape))) from None
+        raise RuntimeError(refusal()) from None
     return _parameters(norm, o)
 
 
@@ -90,7 +90,9 @@ def _channels(name: str, o: Operands, pattern: str) -> Norm:
     """Of the norms that may keep running statistics, one for each channel."""
     if (o.running_mean is None) != (o.running_var is None):
         raise RuntimeError(f"{name}: running_mean and running_var must be both given or both None")
-    return _named(o, pattern, "c", name + ": input must have at least 2 axes (N, C, *), got shape {shape}")
+    return _named(o, pattern, "c", lambda: (
+        f"{name}: input must have at least 2 axes (N, C, *), got shape {tuple(o.x.shape)}"
+    ))  # fmt: skip
 
 
 def sizes(value: Any, name: str) -> Any:
@@ -139,9 +141,11 @@ def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
     if not shape:
         raise RuntimeError(f"normalized_shape must name at least one axis, got {shape}")
     lengths = {f"d{i}": n for i, n in enumerate(shape)}
-    refusal = f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], "
     names = " ".join(lengths)
-    return _named(o, f"... {names} -> ...", names, refusal + "but got input of size {size}", **lengths)
+    return _named(o, f"... {names} -> ...", names, lambda: (
+        f"Given normalized_shape={list(shape)}, expected input with shape [*, {', '.join(map(str, shape))}], but got "
+        f"input of size {list(o.x.shape)}"
+    ), **lengths)  # fmt: skip
 
 
 def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...], round_first: bool = False) -> Norm:
@@ -151,9 +155,10 @@ def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...], round_first: 
 def group_norm(o: Operands, num_groups: int) -> Norm:
     if num_groups <= 0:
         raise RuntimeError(f"group_norm: expected num_groups to be greater than 0, got {num_groups}")
-    refusal = "Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got "
-    refusal += f"input of shape {{size}} and num_groups={num_groups}"
-    norm = _named(o, "n (g c) ... -> n g", "(g c)", refusal, g=num_groups)
+    norm = _named(o, "n (g c) ... -> n g", "(g c)", lambda: (
+        f"Expected at least 2 dimensions, and number of channels in input to be divisible by num_groups, but got input "
+        f"of shape {list(o.x.shape)} and num_groups={num_groups}"
+    ), g=num_groups)  # fmt: skip
     if o.x.numel() and o.x.numel() == num_groups:
         raise ValueError(
             f"Expected more than 1 value per channel when training, got input size {o.x.shape} and "

@@ -114,9 +114,7 @@ def normalize(
     """-> y, sum, mean (None for RMS) and rstd."""
     if not is_dynamo_compiling():
         sharding.register_for(operands.x)
-    laid = laid_out(norm, operands)
-    given = laid[5:] if norm.given else (None, None)
-    arguments = (*laid[:5], *given, *norm.written, eps, norm.activation, out_dtype, norm.round_first)
+    arguments = _arguments(norm, operands, eps, out_dtype)
     # The transforms of torch.func that are on.  All but functionalize, which has no rule for them, want Functions.
     levels = set()
     if not is_dynamo_compiling() and _transforms_active():
@@ -128,6 +126,22 @@ def normalize(
     else:
         y, total, mean, rstd = Forward.apply(*arguments)  # type: ignore[no-untyped-call]
     return y, total, mean if norm.center else None, rstd
+
+
+def recorded(
+    norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The same of an eager call, with a history: of tensors for which there are no kernels."""
+    arguments = _arguments(norm, operands, eps, out_dtype)
+    y, total, mean, rstd = Forward.apply(*arguments)  # type: ignore[no-untyped-call]
+    return y, total, mean if norm.center else None, rstd
+
+
+def _arguments(norm: Norm, operands: Operands, eps: float, out_dtype: torch.dtype | None) -> tuple[Any, ...]:
+    """Of ``operators.forward``."""
+    laid = laid_out(norm, operands)
+    given = laid[5:] if norm.given else (None, None)
+    return *laid[:5], *given, *norm.written, eps, norm.activation, out_dtype, norm.round_first
 
 
 class Forward(torch.autograd.Function):

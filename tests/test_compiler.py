@@ -339,3 +339,14 @@ def test_the_switch_can_be_kept_and_used_again() -> None:
         with switch:
             assert normops.traced.decomposing
         assert not normops.traced.decomposing
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_size_that_is_not_known_yet_is_normalised_over(dynamic: bool | None, device: torch.device) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: F.layer_norm(x, x.shape[1:]), fullgraph=True, backend="eager", dynamic=dynamic
+    )
+    for n in (4, 5, 6):
+        x = torch.randn(3, n, device=device)
+        torch.testing.assert_close(compiled(x), torch.nn.functional.layer_norm(x, (n,)))

@@ -309,6 +309,8 @@ def test_what_would_drop_an_activation_is_refused() -> None:
     assert not hasattr(norm, "qconfig")
     norm.qconfig = "some"
     assert norm.qconfig == "some"
+    del norm.qconfig
+    assert not hasattr(norm, "qconfig")
 
 
 def test_what_is_put_in_the_place_of_a_child_counts(device: torch.device) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from normops import functional as F
 from normops import nn, reference
-from normops.norm import Operands, parse
+from normops.norm import parse
 from tests.tolerance import ENGINES, engine
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -50,7 +50,7 @@ def test_the_first_batch_of_a_cumulative_average(device: torch.device) -> None:
 def test_a_variance_far_below_eps_without_kernels() -> None:
     """The variance is that of the deviations, and not taken back from 1/sqrt(var + eps), which has lost it."""
     x = torch.randn(64, 4) * 1e-6 + 3
-    found = reference.variance(parse("n c -> c", x.shape, None, None), Operands(x))
+    found = reference.variance(parse("n c -> c", x.shape, None, None), x)
     near(found, x.double().var(0, correction=0), "variance")
 
 

@@ -369,3 +369,16 @@ def test_it_needs_the_interpreter_and_a_cpu() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode and "TRITON_INTERPRET=1" in done.stderr
+
+
+def test_memory_that_grows() -> None:
+    """What resize_() adds is unwritten; what was written stays so."""
+    with sanitize():
+        for _ in range(20):
+            torch.empty(4).resize_(10000).zero_()
+        x = torch.empty(8)
+        x[:4] = 1
+        x.resize_(64)
+        F.layer_norm(x[:4].reshape(1, 4), (4,))
+        with pytest.raises(Exception, match="unwritten"):
+            F.layer_norm(x[:8].reshape(1, 8), (8,))

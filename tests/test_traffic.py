@@ -57,13 +57,13 @@ GROUPS: dict[Norm, Callable[[Tensor], Tensor]] = {
     group_norm: lambda x: x.unflatten(1, (2, -1)).flatten(3), layer_norm: lambda x: x.unsqueeze(-2),
     rms_norm: lambda x: x[:0].unsqueeze(-2),
 }  # fmt: skip
-"""x as [groups, rows, columns].  Three elements of each group, whose median means are less of, are read beside its tiles,
-by each of its programs."""
+"""x as [groups, rows, columns].  Three elements of each group, whose median means are less of, are read beside its
+tiles, by each of its programs."""
 
 
 def check_reads(t: Traffic, name: str, x: Tensor, norm: Norm, times: int, planned: Planned) -> None:
-    """Each element was read so many times, but for three of each group, which were read more often; of columns those of a
-    block that overlaps another, and three of each column, by walks and by the finish."""
+    """Each element was read so many times, but for three of each group, which were read more often; of columns those
+    of a block that overlaps another, and three of each column, by walks and by the finish."""
     statistics, _, _ = planned.plan.launches
     layout = planned.plan.streamed
     if not layout.runs[-1].reduced:

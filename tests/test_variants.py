@@ -55,7 +55,8 @@ def launches(case: Case, memory_format: str, dtype: str = "bf16") -> Iterator[Ro
             else:
                 torch.autograd.grad(outputs, providers.leaves(inputs), providers.output_gradients(inputs))
         (call,) = planned
-        for launch, variant in zip(call.plan.launches, found, strict=True):
+        assert found[: len(found) // 2] == found[len(found) // 2 :], "all are asked for, and then launched"
+        for launch, variant in zip(call.plan.launches, found[: len(found) // 2], strict=True):
             phase = phase_of(launch)
             yield {
                 "case": case.name, "norm": case.norm, "format": memory_format, "dtype": dtype, "direction": direction,

@@ -118,6 +118,11 @@ class _Fresh(TorchDispatchMode):
             storage = out.untyped_storage()
             # As long as there is a reference no other storage has its number.
             self._written[storage._cdata] = StorageWeakRef(storage), np.zeros(storage.nbytes(), bool)
+        elif name == "resize_" and (storage := args[0].untyped_storage())._cdata in self._written:
+            kept, before = self._written[storage._cdata]
+            written = np.zeros(storage.nbytes(), bool)
+            written[: before.size] = before[: written.size]
+            self._written[storage._cdata] = kept, written
         elif torch.Tag.inplace_view not in func.tags:
             for i, argument in enumerate(func._schema.arguments):
                 if argument.alias_info is not None and argument.alias_info.is_write:

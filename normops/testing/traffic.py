@@ -95,9 +95,9 @@ class Traffic:
         return self.bytes_in(*_extent(t))
 
     def reuse_distance(self, t: Tensor) -> int:
-        """The most bytes of a tensor's storage that a kernel reads for the first time from one read of an element to the
-        next, the element's own among them: what a cache must hold for the second read to be found there.  0: nothing is read
-        twice.  Programs run one after the other here; on a GPU, many at once."""
+        """The most bytes of a tensor's storage that a kernel reads for the first time from one read of an element to
+        the next, the element's own among them: what a cache must hold for the next read to be found there.  0: nothing
+        is read twice.  Programs run one after the other here; on a GPU, many at once."""
         return self._loads.apart(*_extent(t))
 
     def bytes_in(self, start: int, end: int) -> tuple[int, int]:
