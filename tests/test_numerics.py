@@ -36,9 +36,10 @@ def held(rows: list[numerics_page.Row]) -> list[str]:
 def test_the_bar_is_held_without_kernels(norm: str, dtype: str) -> None:
     rows = [
         numerics.measure(BY_NAME[norm], layout, dtype, data, ("plain",))
-        for layout in FORMATS for data in DATA if dtype in data.dtypes and dtype not in data.overflow
+        for layout in (LAYOUTS if dtype == "fp32" else LAYOUTS[:1])
+        for data in DATA if dtype in data.dtypes and dtype not in data.overflow
     ]  # fmt: skip
-    assert not held(rows) and len(rows) > 30
+    assert not held(rows) and len(rows) > 20
 
 
 @np.errstate(over="ignore")  # beyond fp16

@@ -54,14 +54,14 @@ def same(got: Tensors, wanted: Tensors) -> None:
         assert t.shape == wanted[name].shape and bool(equal.all()), f"{name}: {int((~equal).sum())} elements differ"
 
 
-@examples(60)
+@examples(40)
 @given(calls())
 def test_kernels_equal_float64(call: Call) -> None:
     agrees(call)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="CUDA tensors always run kernels")
-@examples(90)
+@examples(50)
 @given(calls())
 def test_formula_equals_float64(call: Call) -> None:
     with no_kernels():
@@ -87,7 +87,7 @@ def times(tensors: Tensors, a: float, sign: int = 1, shift: float = 0.0) -> Tens
 
 
 @ways
-@examples(15)
+@examples(8)
 @given(calls(dtypes=(torch.float32, torch.float64, torch.bfloat16)), st.integers(-6, 6), st.booleans())
 def test_powers_of_two_change_no_bit(way: Any, call: Call, power: int, negative: bool) -> None:
     """norm(a s; a² eps) = norm(s; eps), dx and rstd are 1/a of those: no rounding depends on an exponent, while none
@@ -108,7 +108,7 @@ def test_powers_of_two_change_no_bit(way: Any, call: Call, power: int, negative:
 
 
 @ways
-@examples(20)
+@examples(10)
 @given(calls(), st.sampled_from([3.0, -5.0, 0.5]), st.sampled_from([20.0, -11.0]))
 def test_shift_and_scale_cancel(way: Any, call: Call, a: float, shift: float) -> None:
     """norm(a s + b; a² eps) = norm(s; eps) where the mean is taken away, up to roundings.  s holds integers, so that
@@ -131,7 +131,7 @@ def test_shift_and_scale_cancel(way: Any, call: Call, a: float, shift: float) ->
 
 
 @ways
-@examples(20)
+@examples(10)
 @given(calls(patterns=False), st.randoms(use_true_random=False))
 def test_the_order_of_axes_does_not_matter(way: Any, call: Call, random: Any) -> None:
     """norm of x with its axes in another order, kept ones or averaged ones: in the same memory, or in memory of its
@@ -160,7 +160,7 @@ def test_the_order_of_axes_does_not_matter(way: Any, call: Call, random: Any) ->
 
 
 @ways
-@examples(20)
+@examples(10)
 @given(calls(), st.randoms(use_true_random=False))
 def test_the_order_along_averaged_axes_does_not_matter(way: Any, call: Call, random: Any) -> None:
     """Elements of a group in another order, with all that belongs to them, come out in that order: up to roundings."""
@@ -220,7 +220,7 @@ rows = st.builds(
 
 
 @ways
-@examples(20)
+@examples(10)
 @given(rows)
 def test_a_row_does_not_depend_on_others(way: Any, case: Rows) -> None:
     """Norms over the last axes, of rows that lie one after the other in memory: y, the sum, dx and the gradients of
