@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # by file: what a module prepares for its tests, one process prepares; in order, so that the long files do not come last
 test: .venv/.stamp
-	@echo "lint, then every test: about 9 minutes on 2 idle cores, longer where kernels were never compiled"
+	@echo "lint, then every test: about 10 minutes on 2 cores"
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q
 

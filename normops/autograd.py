@@ -73,8 +73,9 @@ class Native(torch.autograd.Function):
         needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or _looked_into(dy):  # the gradient must be differentiable
             norm = given.norm
-            run = partial(traced.by_operator, (*norm.written, norm.given, given.eps, norm.activation))
-            dx, dw, db, _ = run((x, weight, bias, None, mean, rstd), dy, None, (*needs, False))
+            options = (*norm.written, norm.given, given.eps, norm.activation)
+            kept = (x, weight, bias, None, mean, rstd)
+            dx, dw, db, _ = traced.by_operator(options, kept, dy, None, (*needs, False))
         else:
             dx, dw, db = native.gradients(given, dy, Operands(x, weight, bias), mean, rstd, needs)
         return None, None, *(t if needed else None for t, needed in zip((dx, dw, db), needs, strict=True))

@@ -71,12 +71,6 @@ def finished(y: Tensor, norm: Norm, operands: Operands) -> Tensor:
     return ACTIVATIONS[norm.activation].function(y)
 
 
-def sizes(normalized_shape: int | tuple[int, ...]) -> list[int]:
-    """As PyTorch's operators take it."""
-    given = normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,)
-    return [int(n) for n in given]
-
-
 def forward(given: Given, o: Operands, momentum: float | Tensor | None) -> Found | None:
     """Running statistics have moved; None, and they have not, where the formula is better or PyTorch has no such
     case.  Operands: x, weight, bias and running statistics of a call that is `suitable`."""
@@ -111,7 +105,7 @@ class _Rows(NamedTuple):
 
     sound: Tensor
 
-    def each(self, t: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:
+    def each(self, t: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         t = t.reshape(-1, *shape)
         return t[self.sound], t[~self.sound]
 
@@ -122,13 +116,13 @@ class _Rows(NamedTuple):
 
 
 def _layer(given: Given, o: Operands, _: float) -> Found:
-    shape = sizes(given.arguments[0])
+    shape = given.arguments[0]
     y, mean, rstd = torch.native_layer_norm(o.x, shape, o.weight, o.bias, given.eps)
     if not _sound(mean, rstd, given.eps):
         rows = _Rows((_lost(mean, rstd, given.eps) <= _MOST).flatten())
         x, others = rows.each(o.x, shape)
         by_ours = Operands(others, o.weight, o.bias)
-        norm = rules.layer_norm(by_ours, tuple(shape))
+        norm = rules.layer_norm(by_ours, shape)
         ours = reference.normalize(norm, given.eps, laid_out(norm, by_ours))[0]
         y = rows.joined(torch.native_layer_norm(x, shape, o.weight, o.bias, given.eps)[0], ours, o.x)
     return Found(y, mean, rstd)
@@ -136,7 +130,7 @@ def _layer(given: Given, o: Operands, _: float) -> Found:
 
 def _layer_back(given: Given, dy: Tensor, o: Operands, mean: Tensor | None, rstd: Tensor, mask: Mask) -> Three:
     assert mean is not None
-    shape = sizes(given.arguments[0])
+    shape = given.arguments[0]
 
     def native(dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Any:
         return aten.native_layer_norm_backward(dy, x, shape, mean, rstd, o.weight, o.bias, mask)
@@ -146,29 +140,29 @@ def _layer_back(given: Given, dy: Tensor, o: Operands, mean: Tensor | None, rstd
         return dx, dw, db
     rows = _Rows((_lost(mean, rstd, given.eps) <= _MOST).flatten())
     (x, others), (dy, dy_others) = rows.each(o.x, shape), rows.each(dy, shape)
-    ones = [1] * len(shape)
+    ones = (1,) * len(shape)
     sound = native(dy, x, rows.each(mean, ones)[0], rows.each(rstd, ones)[0])
     by_ours = Operands(others, o.weight, o.bias)
-    ours = _formula(given._replace(norm=rules.layer_norm(by_ours, tuple(shape))), dy_others, by_ours, None, rstd, mask)
+    ours = _formula(given._replace(norm=rules.layer_norm(by_ours, shape)), dy_others, by_ours, None, rstd, mask)
     dw, db = (a if a is None or b is None else a + b for a, b in zip(sound[1:], ours[1:], strict=True))
     return rows.joined(sound[0], ours[0], o.x) if mask[0] else None, dw, db  # type: ignore[arg-type]
 
 
 def _rms(given: Given, o: Operands, _: float) -> Found:
-    y, rstd = aten._fused_rms_norm(o.x, sizes(given.arguments[0]), o.weight, given.eps)
+    y, rstd = aten._fused_rms_norm(o.x, given.arguments[0], o.weight, given.eps)
     return Found(y, None, rstd)
 
 
 def _group(given: Given, o: Operands, _: float) -> Found | None:
     batch, channels, *spatial = o.x.shape
-    groups = int(given.arguments[0])
+    groups = given.arguments[0]
     found = torch.native_group_norm(o.x, o.weight, o.bias, batch, channels, prod(spatial), groups, given.eps)
     return Found(*found) if _sound(*found[1:], given.eps) else None
 
 
 def _group_back(given: Given, dy: Tensor, o: Operands, mean: Tensor | None, rstd: Tensor, mask: Mask) -> Three:
     batch, channels, *spatial = o.x.shape
-    groups = int(given.arguments[0])
+    groups = given.arguments[0]
     dx, dw, db = aten.native_group_norm_backward(
         dy, o.x, mean, rstd, o.weight, batch, channels, prod(spatial), groups, mask
     )

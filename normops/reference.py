@@ -19,7 +19,7 @@ from .norm import Norm, Operands, Sizes, accumulator
 
 def as_like(t: Tensor, dtype: torch.dtype, x: Tensor) -> Tensor:
     """t in x's shape, in a dtype and with the strides of ``torch.empty_like(x)``, differentiably."""
-    t = t.to(dtype) if t.shape == x.shape else t.reshape(x.shape).to(dtype)
+    t = t.reshape(x.shape).to(dtype)
     if t.stride() == torch.empty_like(x, device="meta").stride():
         return t
     return torch.empty_like(x, dtype=dtype).copy_(t)
@@ -43,10 +43,8 @@ def normalize(
     rstd = torch.rsqrt((h.square().mean(norm.reduced, keepdim=True) if var is None else var) + eps)
     xhat = h * rstd
     if norm.round_first:
-        xhat = xhat + (xhat.to(s.dtype) - xhat).detach()  # exact; gradients are those without
-    # A sum in x's shape, for gradients of a sum of views would be views of one memory.
-    z = _sum(_affine(xhat, norm, operands).reshape(x.shape), operands.post_add)
-    y = ACTIVATIONS[norm.activation].function(z)
+        xhat = xhat.to(s.dtype).to(h.dtype)
+    y = ACTIVATIONS[norm.activation].function(_affine(xhat, norm, operands))
     mean = None if mean is None else mean.reshape(norm.kept_shape)
     return as_like(y, out_dtype or x.dtype, x), s, mean, rstd.reshape(norm.kept_shape)
 
@@ -147,25 +145,19 @@ def _standardised(
 
 
 def _affine(xhat: Tensor, norm: Norm, operands: Operands) -> Tensor:
-    _, weight, bias, *_ = operands
+    _, weight, bias, _, post_add, *_ = operands
     if weight is not None:
         xhat = xhat * _parameter(weight, norm, xhat.dtype)
     if bias is not None:
         xhat = xhat + _parameter(bias, norm, xhat.dtype)
-    return xhat
-
-
-def _sum(z: Tensor, post_add: Tensor | None) -> Tensor:
-    if post_add is None:
-        return z
-    return z + (post_add if post_add.shape == z.shape else post_add.reshape(z.shape)).to(z.dtype)
+    return xhat if post_add is None else xhat + _split(post_add, norm, xhat.dtype)
 
 
 def _through(g: Tensor, xhat: Tensor, norm: Norm, operands: Operands) -> Tensor:
     """g act'(z)"""
     if norm.activation == "identity":
         return g
-    return g * ACTIVATIONS[norm.activation].derivative(_sum(_affine(xhat, norm, operands), operands.post_add))
+    return g * ACTIVATIONS[norm.activation].derivative(_affine(xhat, norm, operands))
 
 
 def _projected(h: Tensor, xhat: Tensor, rstd: Tensor, norm: Norm) -> Tensor:

@@ -6,7 +6,7 @@ the argument, its value and what was expected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import prod
 from typing import Any
@@ -95,13 +95,13 @@ def _channels(name: str, o: Operands, pattern: str) -> Norm:
     ))  # fmt: skip
 
 
-def sizes(value: Any, name: str) -> Any:
-    """An int or a tuple of them, before it is looked up: 2.0 would be found where 2 came before."""
+def sizes(value: Any, name: str) -> tuple[int, ...]:
+    """One int or several, before they are looked up: 2.0 would be found where 2 came before."""
     if value.__class__ is int:
-        return value
+        return (value,)
     if isinstance(value, Iterable):
         return tuple([n if n.__class__ is int else whole(n, name) for n in value])
-    return whole(value, name)
+    return (whole(value, name),)
 
 
 def batch_norm(o: Operands, training: bool) -> Norm:
@@ -135,9 +135,8 @@ def instance_norm(o: Operands, use_input_stats: bool) -> Norm:
     return norm
 
 
-def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
-    shape = normalized_shape if isinstance(normalized_shape, tuple) else (normalized_shape,)
-    shape = tuple(whole(n, "normalized_shape") for n in shape)
+def layer_norm(o: Operands, normalized_shape: tuple[int, ...]) -> Norm:
+    shape = normalized_shape
     if not shape:
         raise RuntimeError(f"normalized_shape must name at least one axis, got {shape}")
     lengths = {f"d{i}": n for i, n in enumerate(shape)}
@@ -148,7 +147,7 @@ def layer_norm(o: Operands, normalized_shape: int | tuple[int, ...]) -> Norm:
     ), **lengths)  # fmt: skip
 
 
-def rms_norm(o: Operands, normalized_shape: int | tuple[int, ...], round_first: bool = False) -> Norm:
+def rms_norm(o: Operands, normalized_shape: tuple[int, ...], round_first: bool = False) -> Norm:
     return layer_norm(o, normalized_shape)._replace(center=False, round_first=flag(round_first, "round_first"))
 
 
@@ -168,7 +167,7 @@ def group_norm(o: Operands, num_groups: int) -> Norm:
 
 
 def normalize(
-    o: Operands, axes: int | Sequence[int] | str, affine: str | None, center: bool, lengths: tuple[tuple[str, int], ...]
+    o: Operands, axes: tuple[int, ...] | str, affine: str | None, center: bool, lengths: tuple[tuple[str, int], ...]
 ) -> Norm:
     center = flag(center, "center")
     if isinstance(axes, str):
@@ -189,8 +188,7 @@ def normalize(
     return _broadcast(Norm(tuple((n,) for n in o.x.shape), reduced, (), center, kept=kept), o)
 
 
-def _reduced(axes: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    axes = tuple(whole(axis, "axes") for axis in (axes if isinstance(axes, Iterable) else (axes,)))
+def _reduced(axes: tuple[int, ...], rank: int) -> tuple[int, ...]:
     if not axes:
         raise ValueError("axes must name at least one axis, got ()")
     for axis in axes:

@@ -102,9 +102,9 @@ def exported(
     if rule in (rules.batch_norm, rules.instance_norm):
         y = function(total, running_mean, running_var, weight, bias, *arguments, momentum, eps)
     elif rule is rules.rms_norm:
-        y = function(total, native.sizes(arguments[0]), weight, eps)
+        y = function(total, arguments[0], weight, eps)
     else:
-        y = function(total, native.sizes(arguments[0]) if rule is rules.layer_norm else arguments[0], weight, bias, eps)
+        y = function(total, arguments[0], weight, bias, eps)
     return _cast(native.finished(y, norm, operands), out_dtype or x.dtype), total
 
 
